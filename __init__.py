@@ -1,0 +1,87 @@
+"""outlive: processes that outlive their agents.
+
+An agent thread's shells, servers and test runs live on when its worker crashes, is upgraded or goes to bed: with
+the same ids, every byte of output, and their real exit codes.  Start with `connect`.
+
+    common/    what both sides agree on, and the Python API
+    broker/    holds what must not die with a worker
+    worker/    runs one thread session, and may die at any moment
+    scripts/   everything a person runs: the command line, demo, test, check, bench, chaos
+
+The names are handed on lazily, so that `import outlive` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .common.client import Host, Thread, connect
+    from .common.errors import (
+        BadRequest,
+        DeadlineExceeded,
+        ExpiredProcess,
+        Interrupted,
+        LimitReached,
+        OutliveError,
+        SpawnError,
+        StdinClosed,
+        Unavailable,
+        UnknownProcess,
+        UnknownThread,
+    )
+    from .common.outcome import Outcome
+    from .common.response import Response
+
+_HOMES = {
+    "common.client": ("Host", "Thread", "connect"),
+    "common.errors": (
+        "BadRequest",
+        "DeadlineExceeded",
+        "ExpiredProcess",
+        "Interrupted",
+        "LimitReached",
+        "OutliveError",
+        "SpawnError",
+        "StdinClosed",
+        "Unavailable",
+        "UnknownProcess",
+        "UnknownThread",
+    ),
+    "common.outcome": ("Outcome",),
+    "common.response": ("Response",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BadRequest",
+    "DeadlineExceeded",
+    "ExpiredProcess",
+    "Host",
+    "Interrupted",
+    "LimitReached",
+    "Outcome",
+    "OutliveError",
+    "Response",
+    "SpawnError",
+    "StdinClosed",
+    "Thread",
+    "Unavailable",
+    "UnknownProcess",
+    "UnknownThread",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,199 @@
+"""What is kept of a thread: the ids it has used, and its ended processes until they expire.
+
+    STATE/threads/NAME/ids             one process id a line, appended at each deposit
+    STATE/threads/NAME/ended/ID        one file a process, written whole and renamed into place:
+                                       a line of JSON with what `ps` shows and the kept ranges, then their bytes
+
+An id in `ids` without a file is expired; one that is in neither was never ours.  Files are private (0600 in 0700
+folders).  A file that cannot be read counts as expired; a full disk loses the file, never the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import ExpiredProcess, UnknownProcess
+from ..common.messages import Output, outcome_from_wire
+from ..common.response import Response, chunk_id, clip, output, tokens
+from ..common.transcript import Gap, Transcript
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Record:
+    """One ended process: its line of `ps`, the kept ranges of its output, and their bytes."""
+
+    row: dict[str, Any]
+    written: int
+    ranges: list[tuple[int, int]]
+    data: bytes = field(repr=False)
+
+    def parts(self, start: int, end: int) -> Iterator[tuple[int, bytes] | Gap]:
+        """Yield what is kept of `[start, end)` in order, as `Transcript.read` does."""
+        end = min(end, self.written)
+        at = start
+        base = 0
+        for first, last in self.ranges:
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                if low > at:
+                    yield Gap(at, low)
+                yield low, self.data[base + low - first : base + high - first]
+                at = high
+            base += last - first
+        if at < end:
+            yield Gap(at, end)
+
+    def piece(self, offset: int, limit: int) -> Output:
+        """Answer `read_output`."""
+        outcome = outcome_from_wire(self.row["outcome"])
+        return output(self.parts(offset, self.written), offset, limit, self.written, outcome, ended=True)
+
+    def answer(self, max_tokens: int, since: int | None, *, typed_nothing: bool) -> Response:
+        """Answer `exec_command` or `write_stdin` of a process that was collected."""
+        outcome = outcome_from_wire(self.row["outcome"])
+        start = self.written if since is None else since
+        return Response(
+            thread=self.row["thread"],
+            process_id=self.row["process_id"],
+            chunk_id=chunk_id(),
+            wall_time_seconds=0.0,
+            exit_code=outcome.exit_code if outcome else None,
+            session_id=None,
+            original_token_count=tokens(self.written - start),
+            output=clip(self.parts(start, self.written), start, self.written, max_tokens),
+            outcome=self.row["outcome"],
+            output_end=self.written,
+            sentence=outcome.sentence() if outcome else "",
+            warnings=["the process has ended; nothing was typed"] if typed_nothing else [],
+        )
+
+
+class ThreadArchive:
+    """The archive of one thread.
+
+    `ids`: every id the thread has used.  `calls`: call id → process id of those archived by this broker.
+    """
+
+    def __init__(self, folder: Path, keep_hours: float, keep_count: int) -> None:
+        """Open or make the folder; raises `OSError` when that cannot be."""
+        self.folder = folder
+        self._ended = folder / "ended"
+        self._keep_s = keep_hours * 3600
+        self._keep_count = keep_count
+        self._ended.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.calls: dict[str, str] = {}
+        # id → when it was archived; oldest first.
+        found = []
+        for entry in os.scandir(self._ended):
+            if entry.name.isdecimal():
+                found.append((entry.stat().st_mtime, entry.name))
+        self._files: dict[str, float] = {name: at for at, name in sorted(found)}
+        self.ids = self._read_ids() | set(self._files)
+        self._ids_file = os.open(folder / "ids", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def _read_ids(self) -> set[str]:
+        try:
+            text = (self.folder / "ids").read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return set()
+        return {line for line in text.split("\n") if line.isdecimal()}
+
+    def use(self, process_id: str) -> None:
+        """Remember that the thread has used this id."""
+        if process_id not in self.ids:
+            self.ids.add(process_id)
+            os.write(self._ids_file, f"{process_id}\n".encode())
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, process_id: str) -> bool:
+        return process_id in self._files
+
+    def keep(self, row: dict[str, Any], transcript: Transcript) -> None:
+        """Write the record of a process that has gone; the oldest make room.  Raises `OSError`."""
+        process_id = row["process_id"]
+        written = transcript.written
+        kept = [part for part in transcript.read(0, written) if not isinstance(part, Gap)]
+        head = {
+            "format": FORMAT,
+            "row": row,
+            "written": written,
+            "ranges": [[at, at + len(data)] for at, data in kept],
+        }
+        target = self._ended / process_id
+        draft = self._ended / f".{process_id}"
+        raw = [json.dumps(head).encode() + b"\n", *(data for _, data in kept)]
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in raw:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(fd, view) :]
+        except OSError:
+            os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
+        os.rename(draft, target)
+        self._files[process_id] = time.time()
+        self.calls[row["call_id"]] = process_id
+        self.expire()
+
+    def expire(self) -> None:
+        """Remove what is too old or too much."""
+        oldest = time.time() - self._keep_s
+        for process_id, at in list(self._files.items()):
+            if at >= oldest and len(self._files) <= self._keep_count:
+                break
+            del self._files[process_id]
+            (self._ended / process_id).unlink(missing_ok=True)
+        if len(self.calls) > len(self._files):
+            self.calls = {call: process for call, process in self.calls.items() if process in self._files}
+
+    def get(self, process_id: str) -> Record:
+        """Return the record of an ended process; raises `ExpiredProcess` or `UnknownProcess`."""
+        self.expire()
+        if process_id in self._files:
+            try:
+                return _read(self._ended / process_id)
+            except (OSError, ValueError, KeyError, TypeError):
+                del self._files[process_id]
+        if process_id in self.ids:
+            raise ExpiredProcess(f"process {process_id} ended, and its outcome and output have expired")
+        raise UnknownProcess(
+            f"process {process_id} was never started in thread {self.folder.name}; see `outlive ps`"
+        )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the line of `ps` of every ended process, oldest first."""
+        self.expire()
+        for process_id in list(self._files):
+            try:
+                with open(self._ended / process_id, "rb") as file:
+                    yield json.loads(file.readline())["row"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._ids_file >= 0:
+            os.close(self._ids_file)
+            self._ids_file = -1
+
+
+def _read(path: Path) -> Record:
+    with open(path, "rb") as file:
+        head = json.loads(file.readline())
+        if head["format"] != FORMAT:
+            raise ValueError(f"format {head['format']}")
+        ranges = [(int(first), int(last)) for first, last in head["ranges"]]
+        return Record(head["row"], int(head["written"]), ranges, file.read())

@@ -1,0 +1,93 @@
+"""The `DetachedStore`: processes that the broker itself pumps, keyed `(thread_id, process_id)`.
+
+They are drained like attached ones, still take input, and their outcome is recorded at once; they send no events.
+The store borrows a process's descriptors from its custody entry and gives them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from ..common import tree
+from ..common.descriptors import Handles
+from ..common.held import Held
+from ..common.pump import Pump, Pumps
+from ..common.transcript import Lease
+
+Key = tuple[str, str]
+# Epoch 0 in a lease stands for the broker.
+BROKER_EPOCH = 0
+
+
+class DetachedStore:
+    """All processes in the broker's own hands."""
+
+    def __init__(
+        self,
+        pumps: Pumps,
+        pump: type[Pump],
+        *,
+        on_ended: Callable[[Held], None],
+        on_closed: Callable[[Held], None],
+    ) -> None:
+        self._pumps = pumps
+        self._pump = pump
+        self._on_ended = on_ended
+        self._on_closed = on_closed
+        self._lease = Lease.mine(BROKER_EPOCH)
+        self._processes: dict[Key, Held] = {}
+        self._ends: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._processes
+
+    def get(self, key: Key) -> Held | None:
+        """Return a process in our hands."""
+        return self._processes.get(key)
+
+    def of_thread(self, thread_id: str) -> Iterator[Held]:
+        """Yield a thread's processes in our hands."""
+        return (held for (thread, _), held in list(self._processes.items()) if thread == thread_id)
+
+    def insert(self, key: Key, handles: Handles) -> Held:
+        """Pump a process; an older one of the same key is terminated.
+
+        Raises `HandoffError` while somebody else may be pumping, `PeerError` for a damaged transcript; the
+        handles stay the caller's then.
+        """
+        held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended, on_closed=self._on_closed)
+        if older := self._processes.pop(key, None):
+            self._terminate(older)
+        self._processes[key] = held
+        try:
+            held.begin(self._lease)
+        except BaseException:
+            del self._processes[key]
+            raise
+        return held
+
+    def remove(self, key: Key) -> Handles | None:
+        """Stop pumping, give up the lease, and return the handles; `None` when it is not in our hands."""
+        held = self._processes.pop(key, None)
+        return held.release() if held else None
+
+    def _terminate(self, held: Held) -> None:
+        held.transcript.record_by("cleaned")
+        task = asyncio.get_running_loop().create_task(self._see_off(held))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _see_off(self, held: Held) -> None:
+        start = tree.root(held.transcript.facts.mark, held.handles.pidfd)
+        await asyncio.to_thread(tree.end, start)
+        held.close()
+
+    def close(self) -> None:
+        """Stop pumping everything and close it."""
+        for held in self._processes.values():
+            held.close()
+        self._processes.clear()

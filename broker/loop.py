@@ -1,0 +1,421 @@
+"""The broker's loop: the only place with sockets, signals and the clock.
+
+It accepts peers on the channel (the kernel says who they are), frames on the control socket (the token says who
+sent them), watches its workers' pidfds, and waits for adopted orphans.  What to do is decided elsewhere.
+
+Always true
+    A worker's channel is read before its frame is acted on: what it deposited first is known first.
+    Nothing here waits with a timer while nothing is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import msgpack
+import zmq
+
+from ..common import channel, ending, kernel, launch, messages, wire
+from ..common.channel import Channel, Packet, open_parcel
+from ..common.config import Config
+from ..common.errors import BadRequest, DeadlineExceeded, HandoffError, OutliveError, PeerError
+from ..common.messages import Body, Register, Reply, Request
+from ..common.outcome import signal_name
+from ..common.paths import Paths, SocketPath
+from ..common.pump import PUMPS, Pumps
+from .operations import Operations
+from .peers import REQUESTS_MAX, Peer
+from .threads import ThreadManager, rfc3339
+
+# Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
+RESERVE = 64
+# Seconds that a new connection has for its handshake.
+HANDSHAKE_DEADLINE = 10.0
+# Peers at once: each takes a descriptor or two.
+PEERS_MAX = 1000
+# Events kept for `outlive events`.
+RECENT_EVENTS = 1000
+
+
+class Broker:
+    """One broker, from its sockets to its end."""
+
+    def __init__(self, paths: Paths, config: Config, mode: str) -> None:
+        self._paths = paths
+        self._mode = mode
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._peers: dict[str, Peer] = {}
+        self._unknown: dict[Peer, asyncio.TimerHandle] = {}
+        self._workers: dict[int, tuple[int, str, int, bool]] = {}
+        self._sequence = 0
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
+        self._stopping = asyncio.Event()
+        self._log_fd = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.deltas_wanted = False
+        self._pumps = Pumps(self._loop)
+        self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
+        self._operations = Operations(self, self.threads, mode, self._stopping.set)
+
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until told to stop; `on_ready`: called once requests are taken."""
+        kernel.become_subreaper()
+        self._loop.add_signal_handler(signal.SIGCHLD, self._children_ended)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._asked_to_end)
+        self._expect_survivors()
+        self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
+        self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
+        # Last: whoever gets through the handshake finds the rest in place.
+        self._listener = channel.listen(self._paths.channel)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self.publish("broker", "", what="up", pid=os.getpid())
+        on_ready()
+        await self._stopping.wait()
+        self.publish("broker", "", what="down", pid=os.getpid())
+        await asyncio.sleep(0.05)  # the last replies and events are on their way
+        self._close()
+
+    def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
+        socket = wire.new_socket(self._context, kind)
+        path = self._paths.run / name
+        path.unlink(missing_ok=True)
+        with SocketPath(path) as address:
+            socket.bind(f"ipc://{address}")
+        path.chmod(0o600)
+        return socket
+
+    def _asked_to_end(self) -> None:
+        """SIGTERM: end if nothing lives, else say why not: a signal must not cost anybody a process."""
+        if live := len(self.threads.live_entries()):
+            self.log(f"asked to end while {live} processes live; use `outlive down --force`")
+        else:
+            self._stopping.set()
+
+    def _close(self) -> None:
+        self._loop.remove_signal_handler(signal.SIGCHLD)
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        for peer in [*self._peers.values(), *self._unknown]:
+            self._hang_up(peer)
+        self.threads.close()
+        self._control.close()
+        self._events.close()
+        self._pumps.close()
+        for path in (self._paths.channel, self._paths.control, self._paths.events):
+            path.unlink(missing_ok=True)
+        self._context.destroy(0)
+        os.close(self._log_fd)
+
+    # What the threads ask of us.
+
+    def transmit(self, peer: Peer, frame: bytes) -> None:
+        """Send a frame to a worker; raises `zmq.ZMQError`."""
+        if peer.route is None:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        self._control.send([peer.route, frame])
+
+    def publish(self, event: str, thread_id: str, process_id: str | None = None, **fields: Any) -> None:
+        """Tell the subscribers, and remember it for `outlive events`."""
+        self._sequence += 1
+        table = {
+            "event": event,
+            "seq": self._sequence,
+            "thread": thread_id or None,
+            "process_id": process_id,
+            "call_id": fields.pop("call_id", None),
+            "at": rfc3339(time.time_ns()),
+            **fields,
+        }
+        if event != "delta":
+            self._recent.append(table)
+        with suppress(zmq.ZMQError):
+            self._events.send([b"delta" if event == "delta" else b"event", msgpack.packb(table)])
+
+    def descriptors_left(self) -> int:
+        """Return how many descriptors may still be opened before the reserve."""
+        return launch.descriptor_limit() - RESERVE - len(os.listdir("/proc/self/fd"))
+
+    def log(self, text: str) -> None:
+        """Write a line to the log."""
+        print(datetime.now(UTC).isoformat(timespec="milliseconds"), text, file=sys.stderr, flush=True)
+
+    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
+        """Start a worker, and watch for its end."""
+        arguments = [thread_id, str(epoch), self._mode]
+        pid = launch.launch("outlive.worker", arguments, log=self._log_fd)
+        pidfd = os.pidfd_open(pid)
+        self._watch_worker(pidfd, thread_id, epoch, pid, ours=True)
+        return pid, pidfd
+
+    # Workers.
+
+    def _watch_worker(self, pidfd: int, thread_id: str, epoch: int, pid: int, *, ours: bool) -> None:
+        self._workers[pidfd] = (pid, thread_id, epoch, ours)
+        self._loop.add_reader(pidfd, self._worker_died, pidfd)
+        self._remember_worker(thread_id, {"pid": pid, "start": kernel.start_time(pid), "epoch": epoch})
+
+    def _worker_died(self, pidfd: int) -> None:
+        pid, thread_id, epoch, ours = self._workers.pop(pidfd)
+        self._loop.remove_reader(pidfd)
+        how = "gone"
+        if ours:
+            with suppress(ChildProcessError):
+                result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+                if result is not None:
+                    exited = result.si_code == os.CLD_EXITED
+                    how = f"exit status {result.si_status}" if exited else signal_name(result.si_status)
+        os.close(pidfd)
+        self._remember_worker(thread_id, None)
+        for peer in list(self._peers.values()):
+            if peer.role == "worker" and peer.pid == pid:
+                self._read_channel(peer)
+        self.threads.worker_died(thread_id, epoch, how)
+
+    def _remember_worker(self, thread_id: str, facts: dict[str, Any] | None) -> None:
+        """Keep a note for the next broker, which must not start a second worker beside a surviving one."""
+        path = self._paths.workers / thread_id
+        with suppress(OSError):
+            if facts is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_text(json.dumps(facts), encoding="ascii")
+
+    def _expect_survivors(self) -> None:
+        for path in list(self._paths.workers.iterdir()):
+            try:
+                facts = json.loads(path.read_text(encoding="ascii"))
+                pid, start, epoch = facts["pid"], facts["start"], facts["epoch"]
+                if kernel.is_dead(pid, start):
+                    raise ProcessLookupError
+                pidfd = os.pidfd_open(pid)
+            except (OSError, ValueError, KeyError, TypeError):
+                path.unlink(missing_ok=True)
+                continue
+            if kernel.is_dead(pid, start):
+                os.close(pidfd)
+                continue
+            self.threads.expect(path.name, epoch, pid)
+            self._watch_worker(pidfd, path.name, epoch, pid, ours=False)
+
+    def _children_ended(self) -> None:
+        """SIGCHLD: reap orphans that came to us; how ours ended is recorded before."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            pid = found.si_pid
+            if any(pid == worker for worker, *_ in self._workers.values()):
+                # Its pidfd will tell; until it is reaped there, it hides whoever comes after it here.
+                for pidfd, (worker, *_) in list(self._workers.items()):
+                    if worker == pid:
+                        self._worker_died(pidfd)
+                continue
+            entry = self.threads.entry_by_pid(pid)
+            if entry and entry.transcript:
+                ending.learn(entry.handles.pidfd, entry.transcript)
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+
+    # The channel.
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self.log(f"accept: {error}")
+                return
+            try:
+                pid = channel.check_user(connection)
+                if len(self._peers) + len(self._unknown) >= PEERS_MAX or self.descriptors_left() <= 0:
+                    raise PeerError(f"{PEERS_MAX} peers are connected, or no descriptors are left")
+            except PeerError as error:
+                self.log(f"refused: {error}")
+                with suppress(OSError, HandoffError):
+                    Channel(connection).send("refused", message=str(error))
+                connection.close()
+                continue
+            peer = Peer(Channel(connection), pid, kernel.peer_pidfd(connection))
+            self._unknown[peer] = self._loop.call_later(HANDSHAKE_DEADLINE, self._hang_up, peer)
+            self._loop.add_reader(connection.fileno(), self._read_channel, peer)
+
+    def _read_channel(self, peer: Peer) -> None:
+        while peer.channel.fileno() >= 0:
+            try:
+                packet = peer.channel.receive()
+                if packet is None:
+                    self._hang_up(peer)
+                    return
+            except BlockingIOError:
+                return
+            except (PeerError, OSError) as error:
+                self.log(f"peer {peer.pid}: {error}; dropped")
+                self._hang_up(peer)
+                return
+            try:
+                self._packet(peer, packet)
+            except (PeerError, BadRequest) as error:
+                self.log(f"peer {peer.pid}: {error}; refused")
+                if peer.role is None:
+                    with suppress(OSError, HandoffError):
+                        peer.channel.send("refused", message=str(error))
+                    self._hang_up(peer)
+            finally:
+                packet.close()
+
+    def _packet(self, peer: Peer, packet: Packet) -> None:
+        kind, message = packet.kind, packet.message
+        if peer.role is None:
+            self._hello(peer, packet)
+        elif kind == "deposit" and peer.role == "worker":
+            self.threads.deposited(peer, open_parcel(packet))
+        elif kind == "undeposit" and peer.role == "worker" and message.get("thread") == peer.thread_id:
+            self.threads.never_ran(peer.thread_id, str(message.get("process")))
+        else:
+            raise PeerError(f"packet {kind!r:.40} is not for a {peer.role} to send")
+
+    def _hello(self, peer: Peer, packet: Packet) -> None:
+        message = packet.message
+        if packet.kind != "hello":
+            raise PeerError(f"packet {packet.kind!r:.40} before hello")
+        role = message.get("role")
+        if role == "client":
+            token = peer.admit("client")
+        elif role == "worker":
+            thread_id, epoch = message.get("thread"), message.get("epoch")
+            known = {(pid, thread, number) for pid, thread, number, _ in self._workers.values()}
+            if (peer.pid, thread_id, epoch) not in known:
+                raise PeerError(f"process {peer.pid} is not the worker of {thread_id!r:.80} epoch {epoch!r:.20}")
+            token = peer.admit("worker", str(thread_id), int(epoch or 0))
+        else:
+            raise PeerError(f"hello: role {role!r:.40}; use client or worker")
+        self._unknown.pop(peer).cancel()
+        self._peers[token] = peer
+        peer.channel.send("welcome", token=token, broker_pid=os.getpid(), protocol=messages.VERSION)
+
+    def _hang_up(self, peer: Peer) -> None:
+        if peer.channel.fileno() < 0:
+            return
+        self._loop.remove_reader(peer.channel.fileno())
+        self._peers.pop(peer.token, None)
+        if timer := self._unknown.pop(peer, None):
+            timer.cancel()
+        peer.close()
+        if peer.role == "worker":
+            self.threads.channel_closed(peer.thread_id, peer.epoch)
+
+    # Control.
+
+    def _frames(self, frames: list[bytes]) -> None:
+        route, frame = frames[0], frames[-1]
+        try:
+            if len(frames) != 2:
+                raise PeerError(f"{len(frames)} frames; a message has one, behind its route")
+            message = wire.decode(frame)
+        except PeerError as error:
+            self._answer(route, wire.failure(0, error))
+            return
+        if isinstance(message, Reply):
+            for peer in self._peers.values():
+                if peer.role == "worker" and peer.route == route:
+                    self._read_channel(peer)
+                    peer.answered(message)
+                    return
+            return
+        sender = self._peers.get(message.token)
+        if sender is None:
+            unknown = PeerError("token: unknown, or its channel is closed; connect again")
+            self._answer(route, wire.failure(message.id, unknown))
+            return
+        if sender.route is None:
+            sender.route = route
+        elif sender.route != route:
+            self._answer(route, wire.failure(message.id, PeerError("token: belongs to another connection")))
+            return
+        if sender.role == "worker":
+            self._from_worker(sender, message)
+        else:
+            self._from_client(sender, message)
+
+    def _answer(self, route: bytes, reply: Reply) -> None:
+        try:
+            frame = wire.encode(reply)
+        except BadRequest as error:
+            frame = wire.encode(wire.failure(reply.id, error))
+        with suppress(zmq.ZMQError):  # the caller has gone, or does not read
+            self._control.send([route, frame])
+
+    def _from_client(self, peer: Peer, request: Request) -> None:
+        assert peer.route is not None
+        try:
+            body = wire.body_of(request, messages.CLIENT_OPS)
+            if request.deadline is not None and kernel.boottime() > request.deadline:
+                raise DeadlineExceeded(f"{request.op}: reached the broker after its deadline")
+            if len(peer.tasks) >= REQUESTS_MAX:
+                raise BadRequest(f"{REQUESTS_MAX} requests of this client are under way; wait for some")
+        except OutliveError as error:
+            self._answer(peer.route, wire.failure(request.id, error))
+            return
+        task = self._loop.create_task(self._serve(peer, request.id, body, request.deadline))
+        peer.tasks.add(task)
+        task.add_done_callback(peer.tasks.discard)
+
+    async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
+        try:
+            if isinstance(body, messages.RecentEvents):
+                result: Any = list(self._recent)
+            else:
+                result = await self._operations.carry_out(body, deadline)
+            reply = wire.success(number, result)
+        except OutliveError as error:
+            reply = wire.failure(number, error)
+        except Exception as error:
+            import traceback  # nothing of the kind is foreseen
+
+            self.log(f"{type(body).__name__}: {traceback.format_exc()}")
+            reply = wire.failure(number, OutliveError(f"{error!r}; see {self._paths.log}"))
+        if peer.route is not None:
+            self._answer(peer.route, reply)
+
+    def _from_worker(self, peer: Peer, request: Request) -> None:
+        self._read_channel(peer)
+        if not peer.open:
+            return
+        try:
+            body = wire.body_of(request, messages.FROM_WORKER_OPS)
+        except BadRequest as error:
+            self.log(f"worker {peer.pid}: {error}")
+            return
+        if isinstance(body, Register):
+            assert peer.route is not None
+            self._answer(peer.route, wire.success(request.id, self.threads.registered(peer)))
+        elif isinstance(body, messages.Collected):
+            # After the reply that went before it has been passed on: writing a file takes its time.
+            self._loop.call_soon(self.threads.noticed, peer, body)
+        else:
+            self.threads.noticed(peer, body)
+
+    # Events.
+
+    def _subscription(self, frames: list[bytes]) -> None:
+        """XPUB tells who wants what; deltas are made only while somebody listens."""
+        frame = frames[0]
+        if frame[1:] in (b"delta", b""):
+            self.deltas_wanted = frame[:1] == b"\1"
+            self.threads.want_deltas(self.deltas_wanted)

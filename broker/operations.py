@@ -1,0 +1,360 @@
+"""What each client request does.
+
+Requests that a worker carries out are sent there, and sent again to the next worker when it dies, if doing so
+cannot do anything twice: `exec_command` counts once by its call id, and reading repeats nothing.  Typing is not
+repeated: its caller is told.  Everything else the broker answers by itself, without waking anyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+from typing import Any
+
+import msgspec
+
+from ..common import kernel, messages, tree
+from ..common.descriptors import ROLES
+from ..common.errors import BadRequest, Interrupted, LimitReached, UnknownProcess
+from ..common.held import piece_of, write_yield
+from ..common.messages import (
+    Body,
+    DetachedProcessSummary,
+    Output,
+    ProcessRow,
+    ReadOutput,
+    ReattachSummary,
+    ThreadRow,
+    WriteStdin,
+)
+from ..common.outcome import signal_name
+from ..common.paths import check_process
+from .archive import Record
+from .custody import Holder, State
+from .lifecycle import Phase
+from .peers import WorkerGone
+from .threads import Entry, Thread, ThreadManager, World
+
+# Signals that are meant to end a process, so that its end is the caller's doing.
+_ENDING = {1, 2, 3, 6, 9, 15}
+# Seconds that a killed tree has to be gone before `kill --after` answers without it.
+_KILLED_WITHIN = 5.0
+
+
+class Operations:
+    """All client requests, by their type."""
+
+    def __init__(self, world: World, threads: ThreadManager, mode: str, stop: Callable[[], None]) -> None:
+        self._world = world
+        self._threads = threads
+        self._mode = mode
+        self._stop = stop
+        self._started = time.time_ns()
+        self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
+            messages.ExecCommand: self.exec_command,
+            messages.WriteStdin: self.write_stdin,
+            messages.ReadOutput: self.read_output,
+            messages.ListProcesses: self.list_processes,
+            messages.ListThreads: self.list_threads,
+            messages.CreateThread: self.create_thread,
+            messages.Wait: self.wait,
+            messages.Kill: self.kill,
+            messages.Resize: self.resize,
+            messages.Detach: self.detach,
+            messages.Resume: self.resume,
+            messages.Reattach: self.reattach,
+            messages.Clean: self.clean,
+            messages.Shutdown: self.shutdown,
+            messages.Status: self.status,
+            messages.Down: self.down,
+        }
+
+    async def carry_out(self, body: Body, deadline: float | None) -> Any:
+        """Do what a client asks, and return the result."""
+        return await self._by_type[type(body)](body, deadline)
+
+    # The two tools.
+
+    async def exec_command(self, call: messages.ExecCommand, deadline: float | None) -> Any:
+        thread = self._threads.create(call.thread)
+        if self._world.descriptors_left() < len(ROLES):
+            raise LimitReached(
+                "the broker holds as many descriptors as it may (limit on open files); end some processes, or "
+                "raise the limit and restart the broker"
+            )
+        while True:
+            if (entry := thread.entry_of_call(call.call_id)) and entry.state is State.STARTING:
+                if entry.epoch != thread.epoch:  # its worker died, its spawner may still be at it
+                    await entry.changed()
+                    continue
+            if archived := thread.archive.calls.get(call.call_id):
+                record = thread.archive.get(archived)
+                return record.answer(call.max_output_tokens, 0, typed_nothing=False)
+            try:
+                peer = await self._threads.worker(thread)
+                await self._threads.handed_over(thread)
+                result = await peer.call(call, self._world.transmit, deadline)
+            except WorkerGone:
+                continue
+            self._relayed(thread, result)
+            return result
+
+    async def write_stdin(self, call: WriteStdin, deadline: float | None) -> Any:
+        while True:
+            found = self._find(call.thread, call.process_id)
+            if isinstance(found, Record):
+                return found.answer(call.max_output_tokens, call.since, typed_nothing=bool(call.chars))
+            thread = self._threads.get(call.thread)
+            if call.resume:
+                await self._threads.worker(thread)
+            await self._threads.handed_over(thread)
+            if found.custody.holder is Holder.BROKER and (held := self._threads.store.get(found.key)):
+                yield_s = write_yield(call.yield_time_ms, call.chars)
+                return await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+            peer = thread.worker
+            if peer is None or found.state is State.GONE:
+                if found.state is State.STARTING or found.custody.holder is Holder.WORKER:
+                    await found.changed()
+                continue
+            before = found.transcript.live().typed if found.transcript else 0
+            found.typists += bool(call.chars)
+            try:
+                result = await peer.call(call, self._world.transmit, deadline)
+            except WorkerGone:
+                call = self._still_to_type(found, call, before)
+                continue
+            except UnknownProcess:
+                if call.process_id in thread.archive:  # collected by another call a moment ago
+                    continue
+                raise
+            finally:
+                found.typists -= bool(call.chars)
+            self._relayed(thread, result)
+            return result
+
+    def _still_to_type(self, entry: Entry, call: WriteStdin, before: int) -> WriteStdin:
+        """Return what of a call is still to be done after its worker died; the header says what was typed.
+
+        Raises `Interrupted` where it cannot say: the worker died within a write, or two callers typed at once.
+        """
+        live = entry.transcript.live() if entry.transcript else None
+        known = live is not None and live.typing == live.typed
+        typed = live.typed - before if live else 0
+        if call.chars and (not known or (typed and entry.typists > 1)):
+            raise Interrupted(
+                f"the worker of thread {call.thread} died while it typed; process {call.process_id} lives, but how "
+                "much of the input it got is not known: look at its output first"
+            )
+        rest = call.chars[typed:] if call.chars else b""
+        # With everything typed what is left to do is a poll, which would wait longer than was asked for.
+        return msgspec.structs.replace(call, chars=rest, since=entry.relayed)
+
+    def _relayed(self, thread: Thread, result: Any) -> None:
+        if entry := thread.entries.get(result["process_id"]):
+            entry.relayed = result["output_end"]
+
+    # Looking.
+
+    async def read_output(self, call: ReadOutput, deadline: float | None) -> Output | Any:
+        while True:
+            found = self._find(call.thread, call.process_id)
+            if isinstance(found, Record):
+                return found.piece(call.offset, call.limit)
+            if found.transcript is None:
+                raise UnknownProcess(f"process {call.process_id} has nothing to read yet")
+            ended = found.state is State.ENDED
+            piece = piece_of(found.transcript, call.offset, call.limit, ended=ended)
+            if piece.pieces or piece.gaps or ended or not call.wait_ms:
+                return piece
+            thread = self._threads.get(call.thread)
+            if held := self._threads.store.get(found.key):
+                await held.until_output(call.offset, time.monotonic() + call.wait_ms / 1000)
+                return held.piece(call.offset, call.limit) if held.handles.transcript >= 0 else piece
+            await self._threads.handed_over(thread)
+            peer = thread.worker
+            if peer is None or found.custody.holder is not Holder.WORKER:
+                if found.custody.holder is not Holder.BROKER:  # it has just come to us
+                    await found.changed()
+                continue
+            try:
+                return await peer.call(call, self._world.transmit, deadline)
+            except (WorkerGone, UnknownProcess):
+                continue
+
+    async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[ProcessRow]:
+        threads = list(self._threads.threads.values()) if call.thread is None else [self._threads.get(call.thread)]
+        rows: list[Any] = []
+        for thread in threads:
+            if call.ended:
+                for number, row in enumerate(thread.archive.rows()):
+                    rows.append(row)
+                    if number % 50 == 49:
+                        await asyncio.sleep(0)  # a file each: let others have their turn
+            rows += [
+                self._threads.row(entry)
+                for entry in list(thread.entries.values())
+                if entry.transcript and (call.ended or entry.state is not State.ENDED)
+            ]
+        return rows
+
+    async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
+        return [self._threads.thread_row(thread) for _, thread in sorted(self._threads.threads.items())]
+
+    async def wait(self, call: messages.Wait, deadline: float | None) -> dict[str, Any]:
+        while True:
+            found = self._find(call.thread, call.process_id)
+            if isinstance(found, Record):
+                outcome = found.row["outcome"]
+            elif found.state is State.ENDED and (known := self._threads.outcome(found)):
+                outcome = known.to_wire()
+            else:
+                await found.changed()
+                continue
+            return {"thread": call.thread, "process_id": call.process_id, "outcome": outcome}
+
+    async def status(self, call: messages.Status, deadline: float | None) -> dict[str, Any]:
+        states = [entry.state for entry in self._threads.entries()]
+        phases = [thread.life.phase for thread in self._threads.threads.values()]
+        return {
+            "version": metadata.version("outlive"),
+            "protocol": messages.VERSION,
+            "broker_pid": os.getpid(),
+            "keeper_pid": None,
+            "threads": {
+                "awake": sum(phase not in (Phase.ASLEEP, Phase.FAILED) for phase in phases),
+                "asleep": phases.count(Phase.ASLEEP),
+                "failed": phases.count(Phase.FAILED),
+            },
+            "processes": {
+                state.value: states.count(state)
+                for state in (State.STARTING, State.ATTACHED, State.DETACHED, State.ENDED)
+            },
+            "transcript_mode": self._mode,
+            "descriptors_left": self._world.descriptors_left(),
+            "started_at": self._started,
+        }
+
+    # Acting on processes.
+
+    async def kill(self, call: messages.Kill, deadline: float | None) -> list[dict[str, Any]]:
+        entries = [self._find(call.thread, process_id) for process_id in dict.fromkeys(call.process_ids)]
+        live = [entry for entry in entries if isinstance(entry, Entry) and entry.state is not State.ENDED]
+        counts = await asyncio.gather(*(self._signal(entry, call) for entry in live))
+        if call.after_s is not None:
+            await asyncio.gather(*(self._escalate(entry, call.after_s) for entry in live))
+        signalled = {entry.key[1]: count for entry, count in zip(live, counts, strict=True)}
+        return [
+            {
+                "thread": call.thread,
+                "process_id": process_id,
+                "signal": call.signal,
+                "signalled": signalled.get(process_id, 0),
+            }
+            for process_id in dict.fromkeys(call.process_ids)
+        ]
+
+    async def _signal(self, entry: Entry, call: messages.Kill) -> int:
+        transcript = entry.transcript
+        while entry.state is State.STARTING:
+            await entry.changed()
+        if transcript is None or entry.state in (State.ENDED, State.GONE):
+            return 0
+        if call.signal in _ENDING:
+            transcript.record_by("caller")
+        if call.foreground:
+            if not transcript.facts.tty:
+                raise BadRequest(
+                    f"process {entry.key[1]} has no terminal, so no foreground group; signal its tree instead"
+                )
+            try:
+                kernel.signal_foreground(entry.handles.terminal, call.signal)
+            except OSError as error:
+                raise BadRequest(
+                    f"process {entry.key[1]}: its foreground group took no {signal_name(call.signal)}: {error}"
+                ) from None
+            return 1
+        start = tree.root(transcript.facts.mark, entry.handles.pidfd)
+        return await asyncio.to_thread(tree.send, start, call.signal)
+
+    async def _escalate(self, entry: Entry, after_s: float) -> None:
+        if await self._ended_within(entry, after_s) or entry.transcript is None:
+            return
+        entry.transcript.record_by("caller")
+        start = tree.root(entry.transcript.facts.mark, entry.handles.pidfd)
+        await asyncio.to_thread(tree.end, start)
+        await self._ended_within(entry, _KILLED_WITHIN)
+
+    async def _ended_within(self, entry: Entry, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                while entry.state not in (State.ENDED, State.GONE):
+                    await entry.changed()
+        except TimeoutError:
+            return False
+        return True
+
+    async def resize(self, call: messages.Resize, deadline: float | None) -> dict[str, Any]:
+        found = self._find(call.thread, call.process_id)
+        if isinstance(found, Record) or found.state is State.ENDED:
+            raise BadRequest(f"process {call.process_id} has ended; it has no terminal any more")
+        transcript = found.transcript
+        if transcript is None or not transcript.facts.tty or found.handles.terminal < 0:
+            raise BadRequest(f"process {call.process_id} has no terminal; rerun the command with --tty")
+        kernel.set_window_size(found.handles.terminal, call.columns, call.rows)
+        columns, rows = kernel.window_size(found.handles.terminal)
+        return {"thread": call.thread, "process_id": call.process_id, "columns": columns, "rows": rows}
+
+    # Acting on threads.
+
+    async def create_thread(self, call: messages.CreateThread, deadline: float | None) -> ThreadRow:
+        return self._threads.thread_row(self._threads.create(call.thread))
+
+    async def detach(self, call: messages.Detach, deadline: float | None) -> DetachedProcessSummary:
+        thread = self._threads.threads.get(call.thread)
+        if thread is not None and not call.keep_worker:
+            while thread.life.phase is Phase.STARTING:
+                await thread.changed()
+        await self._threads.detach_thread_processes(call.thread)
+        if thread is None:
+            return DetachedProcessSummary.of([])
+        if not call.keep_worker:
+            self._threads.dismiss(thread)
+            await self._threads.gone(thread)
+        held = [e.key[1] for e in thread.entries.values() if e.custody.holder is Holder.BROKER]
+        return DetachedProcessSummary.of(held)
+
+    async def resume(self, call: messages.Resume, deadline: float | None) -> ThreadRow:
+        thread = self._threads.get(call.thread)
+        await self._threads.worker(thread)
+        await self._threads.handed_over(thread)
+        return self._threads.thread_row(thread)
+
+    async def reattach(self, call: messages.Reattach, deadline: float | None) -> ReattachSummary:
+        return await self._threads.reattach_thread_processes(self._threads.get(call.thread))
+
+    async def clean(self, call: messages.Clean, deadline: float | None) -> DetachedProcessSummary:
+        self._threads.get(call.thread)
+        return await self._threads.clean_detached_thread_processes(call.thread)
+
+    async def shutdown(self, call: messages.Shutdown, deadline: float | None) -> list[ThreadRow]:
+        if call.thread is not None:
+            threads, everything = [self._threads.get(call.thread)], call.all
+        else:
+            threads, everything = list(self._threads.threads.values()), True
+        await asyncio.gather(*(self._threads.shutdown_thread(thread, everything=everything) for thread in threads))
+        return [self._threads.thread_row(thread) for thread in threads]
+
+    async def down(self, call: messages.Down, deadline: float | None) -> dict[str, Any]:
+        live = [f"{thread}/{process_id}" for thread, process_id in (e.key for e in self._threads.live_entries())]
+        if live and not call.force:
+            named = ", ".join(sorted(live)[:20]) + (" …" if len(live) > 20 else "")
+            raise BadRequest(f"{len(live)} processes live: {named}; end them, or use `outlive down --force`")
+        await self.shutdown(messages.Shutdown(all=True), deadline)
+        self._stop()
+        return {"ended": sorted(live)}
+
+    def _find(self, thread_id: str, process_id: str) -> Entry | Record:
+        return self._threads.find(thread_id, check_process(process_id))

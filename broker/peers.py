@@ -1,0 +1,104 @@
+"""Who is connected: workers and clients, each known by its channel, its token and its ZeroMQ route.
+
+The channel comes first: the kernel tells who connected there, and the handshake yields a token.  The token then
+vouches for whatever comes over ZeroMQ, whose routes anybody could choose.  When the channel closes, the token is
+void and what the peer was waiting for is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+from collections.abc import Callable
+from typing import Any, Literal
+
+import zmq
+
+from ..common import kernel, wire
+from ..common.channel import Channel
+from ..common.errors import OutliveError, Unavailable
+from ..common.messages import Body, Reply
+
+Role = Literal["client", "worker"]
+# Requests of one peer that may be under way at once.
+REQUESTS_MAX = 2048
+
+
+class WorkerGone(OutliveError):
+    """The worker died, or its connection broke, during a call: ask whoever holds the process now."""
+
+
+class Peer:
+    """One connected process."""
+
+    def __init__(self, channel: Channel, pid: int, pidfd: int | None) -> None:
+        self.channel = channel
+        self.pid = pid
+        self.pidfd = pidfd
+        self.role: Role | None = None
+        self.token = ""
+        self.route: bytes | None = None
+        self.thread_id = ""
+        self.epoch = 0
+        self.open = True
+        # Of a client: what it waits for.
+        self.tasks: set[asyncio.Task[None]] = set()
+        # Of a worker: what we wait for.
+        self.calls: dict[int, asyncio.Future[Reply]] = {}
+        self._numbers = itertools.count(1)
+
+    def admit(self, role: Role, thread_id: str = "", epoch: int = 0) -> str:
+        """Give the peer its role; return its token."""
+        self.role, self.thread_id, self.epoch = role, thread_id, epoch
+        self.token = secrets.token_hex(16)
+        return self.token
+
+    async def call(self, body: Body, transmit: Callable[[Peer, bytes], None], deadline: float | None = None) -> Any:
+        """Ask a worker and return its result as it came; raises its error, or `WorkerGone`.
+
+        `deadline`: on `CLOCK_BOOTTIME`; after it, `Unavailable`: the worker is stopped or overloaded.
+        """
+        number = next(self._numbers)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.calls[number] = answer
+        try:
+            transmit(self, wire.encode(wire.request(body, id=number, deadline=deadline)))
+            left = None if deadline is None else max(0.0, deadline - kernel.boottime())
+            async with asyncio.timeout(left):
+                reply = await answer
+        except TimeoutError:
+            raise Unavailable(
+                f"the worker of thread {self.thread_id} (pid {self.pid}) did not answer in time; "
+                "its processes are safe"
+            ) from None
+        except zmq.ZMQError as error:
+            raise WorkerGone(f"the worker of thread {self.thread_id} cannot be reached: {error}") from None
+        finally:
+            self.calls.pop(number, None)
+        return wire.result_of(reply, Any)
+
+    def answered(self, reply: Reply) -> None:
+        """Hand a worker's reply to whoever waits for it."""
+        answer = self.calls.get(reply.id)
+        if answer and not answer.done():
+            answer.set_result(reply)
+
+    def hang_up(self) -> None:
+        """Void the token, fail what waits for this worker, drop what this client waits for."""
+        self.open = False
+        self.token = ""
+        for answer in self.calls.values():
+            if not answer.done():
+                answer.set_exception(WorkerGone(f"the worker of thread {self.thread_id} died during the call"))
+        for task in self.tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        """Close what we hold of the peer."""
+        self.hang_up()
+        self.channel.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None

@@ -1,0 +1,23 @@
+"""What both sides agree on: the broker, every worker, every spawner and every client import from here.
+
+Read in this order; a module imports only from those above it.
+    errors       what can go wrong, sorted by what the catcher does next.
+    kernel       the few Linux calls that Python lacks: the only ctypes and ioctl of the project.
+    outcome      how a process ended; never a made-up number.
+    descriptors  the descriptors of one process, owned, closed exactly once.
+    transcript   a memfd with a header: everything a process printed, by offset, for ever.
+    pump         terminal → transcript and input → terminal, without holding a byte.
+    ending       who can know how a process ended, asked in order.
+    paths        where runtime, state and configuration live; names that may become file names.
+    channel      descriptors between processes: SOCK_SEQPACKET, with peers checked by the kernel.
+    launch       starting a process of our own; the names that children carry.
+    config       the configuration file.
+    messages     every request, reply and event, as frozen types.
+    wire         messages as bytes, with limits; the ZeroMQ sockets.
+    response     the result of one tool call, as an object and as text.
+    held         one process in the hands of whoever pumps it, worker or broker.
+    tree         every process that a child started, found and signalled.
+    client       the Python API.
+
+`errors` to `launch` load neither ZeroMQ nor asyncio: the spawner forks, and a fork costs what it weighs.
+"""

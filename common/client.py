@@ -1,0 +1,479 @@
+"""The Python API: `outlive.connect()`, a `Host`, its `Thread`s; one method per command of the command line.
+
+    async with outlive.connect() as host:
+        build = await host.thread("build")
+        shell = await build.exec_command("bash -i", tty=True)
+        reply = await build.write_stdin(shell.process_id, "make test\\n", yield_time_ms=2_500)
+        await build.detach()
+
+Always true
+    A call that is repeated, by us or by its caller with the same `call_id`, starts nothing twice.
+    A lost broker is found, or started, again; only input that may have been typed is an error to its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+import zmq
+
+from . import channel, kernel, launch, wire
+from .channel import Channel
+from .errors import BadRequest, Interrupted, PeerError, Unavailable
+from .messages import (
+    CHARS_MAX,
+    Body,
+    Clean,
+    CreateThread,
+    Detach,
+    DetachedProcessSummary,
+    Down,
+    ExecCommand,
+    Kill,
+    ListProcesses,
+    ListThreads,
+    Output,
+    ProcessRow,
+    ReadOutput,
+    Reattach,
+    ReattachSummary,
+    RecentEvents,
+    Reply,
+    Resize,
+    Resume,
+    Shutdown,
+    Status,
+    ThreadRow,
+    Wait,
+    WriteStdin,
+    outcome_from_wire,
+)
+from .outcome import Outcome, signal_number
+from .paths import Paths, SocketPath
+from .response import Response
+
+# Seconds beyond its own waiting that a call may take: a worker may have to be started first.
+MARGIN = 60.0
+# Seconds until a broker that is being started has to answer.
+START_DEADLINE = 20.0
+_LOOK = 0.01
+
+T = TypeVar("T")
+
+
+def connect(paths: Paths | None = None, *, start: bool = True) -> Host:
+    """Return the host to use in an `async with`; `start=False` forbids starting a broker.
+
+    Raises (on entering) `Unavailable` when there is no broker and none may be or could be started.
+    """
+    return Host(paths or Paths.from_environment(), start=start)
+
+
+class _Connection:
+    """One connection to one broker: the channel that vouches for us, the socket for requests."""
+
+    def __init__(self, paths: Paths, context: zmq.Context[zmq.Socket[bytes]], link: Channel, token: str) -> None:
+        self.lost = asyncio.Event()
+        self._token = token
+        self._channel = link
+        self._loop = asyncio.get_running_loop()
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._numbers = itertools.count(1)
+        self._address = SocketPath(paths.control)
+        socket = wire.new_socket(context, zmq.DEALER)
+        socket.connect(f"ipc://{self._address.text}")
+        self._port = wire.Port(socket, self._receive)
+        self._loop.add_reader(link.fileno(), self._hung_up)
+
+    async def ask(self, body: Body, seconds: float | None) -> Reply:
+        """Return the reply; raises `ConnectionError` when the broker is lost, `TimeoutError` after `seconds`."""
+        number = next(self._numbers)
+        answer: asyncio.Future[Reply] = self._loop.create_future()
+        self._replies[number] = answer
+        deadline = None if seconds is None else kernel.boottime() + seconds
+        try:
+            if self.lost.is_set():
+                raise ConnectionResetError("the broker has gone")
+            request = wire.request(body, id=number, token=self._token, deadline=deadline)
+            self._port.send([wire.encode(request)])
+            async with asyncio.timeout(seconds):
+                return await answer
+        finally:
+            self._replies.pop(number, None)
+
+    def close(self) -> None:
+        """Hang up; what is under way fails with `ConnectionError`."""
+        if self._channel.fileno() >= 0:
+            self._loop.remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._port.close()
+            self._address.close()
+        self.lost.set()
+        for answer in self._replies.values():
+            if not answer.done():
+                answer.set_exception(ConnectionResetError("the broker has gone"))
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            reply = wire.decode(frames[-1])
+        except PeerError:
+            return
+        if isinstance(reply, Reply) and (answer := self._replies.get(reply.id)) and not answer.done():
+            answer.set_result(reply)
+
+    def _hung_up(self) -> None:
+        try:
+            packet = self._channel.receive()
+        except BlockingIOError:
+            return
+        except (PeerError, OSError):
+            packet = None
+        if packet is None:
+            self.close()
+        else:
+            packet.close()
+
+
+class Host:
+    """A user's outlive on this machine: the broker, started when it is needed."""
+
+    def __init__(self, paths: Paths, *, start: bool = True) -> None:
+        self.paths = paths
+        self._start = start
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def __aenter__(self) -> Host:
+        try:
+            await self._connected()
+        except BaseException:
+            self._context.destroy(0)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._connection:
+            self._connection.close()
+        self._context.destroy(0)
+
+    # Threads and processes.
+
+    async def thread(self, thread_id: str) -> Thread:
+        """Return a thread, made known if it is new; raises `BadRequest` for a name that cannot be one."""
+        await self.call(CreateThread(thread=thread_id), ThreadRow)
+        return Thread(self, thread_id)
+
+    async def threads(self) -> list[ThreadRow]:
+        """Return all threads, sorted by name."""
+        return await self.call(ListThreads(), list[ThreadRow])
+
+    async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
+        """Return the live processes of all threads; `ended`: the ended ones too, until they expire."""
+        return await self.call(ListProcesses(ended=ended), list[ProcessRow])
+
+    async def status(self) -> dict[str, Any]:
+        """Return what the broker says about itself."""
+        return await self.call(Status(), dict[str, Any])
+
+    async def shutdown(self) -> list[ThreadRow]:
+        """End every thread's worker and all processes, detached ones too."""
+        return await self.call(Shutdown(all=True), list[ThreadRow], None)
+
+    async def down(self, *, force: bool = False) -> dict[str, Any]:
+        """End the broker; raises `BadRequest`, naming them, while processes live, unless `force` ends them."""
+        return await self.call(Down(force=force), dict[str, Any], None, repeat=False)
+
+    async def recent_events(self) -> list[dict[str, Any]]:
+        """Return the last events, oldest first, deltas left out."""
+        return await self.call(RecentEvents(), list[dict[str, Any]])
+
+    async def events(self, *, deltas: bool = False) -> AsyncIterator[dict[str, Any]]:
+        """Yield events as they happen; `deltas`: output too.  Ends when the broker does.
+
+        `seq` counts all events: a jump means that this subscriber was too slow, or leaves deltas out.
+        """
+        connection = await self._connected()
+        arrived: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        socket = wire.new_socket(self._context, zmq.SUB)
+        for topic in (b"event", b"delta")[: 1 + deltas]:
+            socket.setsockopt(zmq.SUBSCRIBE, topic)
+        with SocketPath(self.paths.events) as address:
+            socket.connect(f"ipc://{address}")
+            port = wire.Port(socket, lambda frames: arrived.put_nowait(msgpack.unpackb(frames[-1])))
+            lost = asyncio.create_task(connection.lost.wait())
+            try:
+                while True:
+                    event = asyncio.create_task(arrived.get())
+                    await asyncio.wait({event, lost}, return_when=asyncio.FIRST_COMPLETED)
+                    if not event.done():
+                        event.cancel()
+                        return
+                    yield event.result()
+            finally:
+                lost.cancel()
+                port.close()
+
+    # Calls.
+
+    async def call(self, body: Body, wanted: type[T], seconds: float | None = MARGIN, *, repeat: bool = True) -> T:
+        """Send a request and return its result; raises the error it was answered with.
+
+        `repeat`: ask again when the broker was lost in between, which must do nothing twice.
+        """
+        while True:
+            connection = await self._connected()
+            try:
+                reply = await connection.ask(body, seconds)
+            except ConnectionError:
+                if not repeat:
+                    raise Interrupted(
+                        "the broker was lost during the call; whether it was done is not known"
+                    ) from None
+                continue
+            except TimeoutError:
+                raise Unavailable(f"no answer within {seconds:.0f} s; see {self.paths.log}") from None
+            except zmq.ZMQError as error:
+                raise Unavailable(f"the request could not be sent: {error}") from None
+            return wire.result_of(reply, wanted)
+
+    async def _connected(self) -> _Connection:
+        async with self._connecting:
+            if self._connection is None or self._connection.lost.is_set():
+                if self._connection:
+                    self._connection.close()
+                link = await self._reach()
+                try:
+                    token = await self._greet(link)
+                    self._connection = _Connection(self.paths, self._context, link, token)
+                except BaseException:
+                    link.close()
+                    raise
+            return self._connection
+
+    async def _reach(self) -> Channel:
+        """Return a channel to the broker, started if need be and allowed."""
+        with suppress(ConnectionRefusedError, FileNotFoundError):
+            return channel.connect(self.paths.channel)
+        if not self._start:
+            raise Unavailable(f"no broker runs for {self.paths.run}; `outlive up` starts it")
+        deadline = time.monotonic() + START_DEADLINE
+        said = await asyncio.to_thread(_start_broker, self.paths)
+        if said not in ("ready", "taken", ""):
+            raise Unavailable(f"the broker did not start: {said}")
+        while time.monotonic() < deadline:
+            with suppress(ConnectionRefusedError, FileNotFoundError):
+                return channel.connect(self.paths.channel)
+            if not said:
+                raise Unavailable(f"the broker ended at its start; see {self.paths.log}")
+            await asyncio.sleep(_LOOK)
+        raise Unavailable(f"the broker did not come up within {START_DEADLINE:.0f} s; see {self.paths.log}")
+
+    async def _greet(self, link: Channel) -> str:
+        try:
+            await link.send_async("hello", role="client", pid=os.getpid())
+            packet = await asyncio.to_thread(link.receive_within, START_DEADLINE)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the broker does not answer: {error}") from None
+        if packet is None:
+            raise Unavailable("the broker hung up during the handshake; it may be ending: try again")
+        if packet.kind != "welcome":
+            raise Unavailable(f"the broker refused the connection: {packet.message.get('message')}")
+        return str(packet.message["token"])
+
+
+class Thread:
+    """One agent thread; its processes outlive its workers."""
+
+    def __init__(self, host: Host, thread_id: str) -> None:
+        self.host = host
+        self.thread_id = thread_id
+
+    async def exec_command(
+        self,
+        cmd: str | Sequence[str | bytes],
+        *,
+        workdir: str | os.PathLike[str] | None = None,
+        tty: bool = False,
+        size: tuple[int, int] = (80, 24),
+        yield_time_ms: int = 10_000,
+        max_output_tokens: int = 10_000,
+        shell: str | None = None,
+        login: bool = True,
+        env: Mapping[str, str] | None = None,
+        call_id: str | None = None,
+    ) -> Response:
+        """Start a command and return what it printed until its end or for `yield_time_ms`.
+
+        `cmd`: text is a shell command line (run by `shell`, else the caller's, as a `login` shell), a list an
+        argv.  `workdir`: default the caller's directory.  `size`: columns and rows of the terminal.
+        `yield_time_ms`: clamped to 250–30000.  `env`: added to the caller's environment.  `call_id`: the same
+        id again returns the same process and starts nothing; made up when not given.
+        Raises `SpawnError` with its stage when the program never ran, `LimitReached`, `BadRequest`.
+        """
+        here = os.getcwd()
+        columns, rows = size
+        body = ExecCommand(
+            thread=self.thread_id,
+            cmd=cmd if isinstance(cmd, str) else [os.fsencode(word) for word in cmd],
+            workdir=os.fsencode(os.path.join(here, workdir) if workdir is not None else here),
+            environment=dict(os.environb),
+            overrides={os.fsencode(name): os.fsencode(value) for name, value in (env or {}).items()},
+            call_id=call_id or secrets.token_hex(8),
+            shell=None if shell is None else os.fsencode(shell),
+            login=login,
+            tty=tty,
+            columns=columns,
+            rows=rows,
+            yield_time_ms=yield_time_ms,
+            max_output_tokens=max_output_tokens,
+        )
+        return await self.host.call(body, Response, yield_time_ms / 1000 + MARGIN)
+
+    async def write_stdin(
+        self,
+        process_id: str,
+        chars: str | bytes = "",
+        *,
+        yield_time_ms: int = 250,
+        max_output_tokens: int = 10_000,
+        resume: bool = True,
+    ) -> Response:
+        """Type `chars` into a process and return what it printed since the last call.
+
+        `yield_time_ms`: how long to wait for output, clamped to 250–30000 (an empty `chars`: 5000–300000).
+        `resume=False`: a sleeping thread is not woken for it; the broker types.
+        Raises `StdinClosed` for a process started without a terminal, `UnknownProcess` for an id this thread
+        never had, `Interrupted` when a worker died and the input may have been typed.  An ended process
+        answers with its outcome and what was left to read.
+        """
+        raw = chars.encode("utf-8", "surrogateescape") if isinstance(chars, str) else chars
+        if len(raw) > CHARS_MAX:
+            raise BadRequest(f"chars: {len(raw)} bytes; at most {CHARS_MAX} are typed in one call")
+        body = WriteStdin(
+            thread=self.thread_id,
+            process_id=process_id,
+            chars=raw,
+            yield_time_ms=yield_time_ms,
+            max_output_tokens=max_output_tokens,
+            write_id=secrets.token_hex(8),
+            resume=resume,
+        )
+        return await self.host.call(body, Response, max(yield_time_ms / 1000, 5) + MARGIN, repeat=not raw)
+
+    async def read_output(self, process_id: str, offset: int = 0, *, wait_ms: int = 0) -> Output:
+        """Return what is kept of the output from `offset` on, up to 1 MiB, without delivering it.
+
+        `wait_ms`: wait that long for something after `offset`.
+        """
+        body = ReadOutput(thread=self.thread_id, process_id=process_id, offset=offset, wait_ms=wait_ms)
+        return await self.host.call(body, Output, wait_ms / 1000 + MARGIN)
+
+    async def output(self, process_id: str) -> bytes:
+        """Return all kept output, without what was dropped between head and tail."""
+        pieces, offset = [], 0
+        while True:
+            output = await self.read_output(process_id, offset)
+            pieces += [data for _, data in output.pieces]
+            offset = output.next_offset
+            if offset >= output.written:
+                return b"".join(pieces)
+
+    async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
+        """Return the thread's live processes; `ended`: the ended ones too, until they expire."""
+        return await self.host.call(ListProcesses(thread=self.thread_id, ended=ended), list[ProcessRow])
+
+    async def wait(self, process_id: str, timeout: float | None = None) -> Outcome:
+        """Wait for a process's end and return its outcome; raises `TimeoutError` after `timeout` seconds."""
+        body = Wait(thread=self.thread_id, process_id=process_id)
+        async with asyncio.timeout(timeout):
+            answer = await self.host.call(body, dict[str, Any], None)
+        outcome = outcome_from_wire(answer["outcome"])
+        assert outcome is not None
+        return outcome
+
+    async def kill(
+        self,
+        *process_ids: str,
+        signal: int | str = "TERM",
+        foreground: bool = False,
+        after: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Signal the whole tree of processes, or only their `foreground` groups.
+
+        `after`: KILL what still lives after so many seconds, and answer when it is gone; else nothing
+        escalates.
+        """
+        try:
+            number = signal_number(str(signal))
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+        body = Kill(
+            thread=self.thread_id,
+            process_ids=list(process_ids),
+            signal=number,
+            foreground=foreground,
+            after_s=after,
+        )
+        return await self.host.call(body, list[dict[str, Any]], (after or 0) + MARGIN)
+
+    async def resize(self, process_id: str, columns: int, rows: int) -> dict[str, Any]:
+        """Set the size of a process's terminal."""
+        body = Resize(thread=self.thread_id, process_id=process_id, columns=columns, rows=rows)
+        return await self.host.call(body, dict[str, Any])
+
+    async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
+        """Hand the thread's processes to the broker; answers when its worker has gone to bed."""
+        return await self.host.call(Detach(thread=self.thread_id, keep_worker=keep_worker), DetachedProcessSummary)
+
+    async def resume(self) -> ThreadRow:
+        """Start the thread's next worker, which takes its processes back."""
+        return await self.host.call(Resume(thread=self.thread_id), ThreadRow)
+
+    async def reattach(self) -> ReattachSummary:
+        """Give what is detached to the worker that is up; raises `BadRequest` when there is none."""
+        return await self.host.call(Reattach(thread=self.thread_id), ReattachSummary)
+
+    async def clean(self) -> DetachedProcessSummary:
+        """End the thread's detached processes; attached ones are left alone."""
+        return await self.host.call(Clean(thread=self.thread_id), DetachedProcessSummary, None)
+
+    async def shutdown(self, *, all: bool = False) -> ThreadRow:
+        """End the thread's worker and attached processes; `all`: its detached ones too."""
+        body = Shutdown(thread=self.thread_id, all=all)
+        return (await self.host.call(body, list[ThreadRow], None))[0]
+
+
+def _start_broker(paths: Paths) -> str:
+    """Start a broker that is nobody's child, and return the one line it says; empty when it said none."""
+    paths.prepare()
+    ready, theirs = os.pipe()
+    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        pid = launch.launch("outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=log, forsaken=True)
+    finally:
+        os.close(theirs)
+        os.close(log)
+    try:
+        os.waitpid(pid, 0)
+        return os.read(ready, 4096).decode("utf-8", "replace").strip()
+    except ChildProcessError:  # the application waits for all children itself
+        return os.read(ready, 4096).decode("utf-8", "replace").strip()
+    finally:
+        os.close(ready)
+
+
+def to_builtins(value: Any) -> Any:
+    """Return plain lists and dicts of what a method returned, as `--json` prints them."""
+    if isinstance(value, Outcome):
+        return value.to_wire()
+    return msgspec.to_builtins(value)

@@ -1,0 +1,50 @@
+"""The configuration file: a few limits, with defaults that suit most people.
+
+A missing file is fine; a wrong one is an error that names the field, never half-read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from .errors import BadRequest
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `config.toml` may say.
+
+    max_processes       processes a thread may hold at once.
+    warn_at             from how many on the agent is warned.
+    when_full           `prune` the least recently used one, or `refuse` rather than end a live one.
+    ended_keep_hours    how long an ended process answers.
+    ended_keep_count    how many ended processes of a thread answer.
+    pump                `auto`: splice where the kernel can; `copied` forces the lossy fallback, for tests.
+    seed                makes process ids predictable, for tests.
+    """
+
+    max_processes: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 64
+    warn_at: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 60
+    when_full: Literal["prune", "refuse"] = "prune"
+    ended_keep_hours: Annotated[float, msgspec.Meta(ge=0)] = 24.0
+    ended_keep_count: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 1000
+    pump: Literal["auto", "copied"] = "auto"
+    seed: int | None = None
+
+
+def load(path: Path) -> Config:
+    """Read `path`; raises `BadRequest` naming the file, the field and what it may be."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return Config()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"configuration {path}: {error}") from None
+    import tomllib  # only for those who have a file
+
+    try:
+        return msgspec.convert(tomllib.loads(text), Config, strict=True)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise BadRequest(f"configuration {path}: {error}") from None

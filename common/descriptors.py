@@ -1,0 +1,85 @@
+"""The descriptors of one process, owned: each is closed exactly once, by whoever owns it last.
+
+The kernel hands a closed number out again at once, so a stale copy does not fail: it reads and writes
+somebody else's file.  Therefore numbers live only here, and leave only by `take` (the new owner closes) or as
+a loan for the length of one call.
+
+The six roles are those of the design: `terminal` (the PTY master, or the read end of the output pipe), the
+`conduit` between terminal and transcript, the `inlet` between input and terminal (both only with a PTY), the
+`transcript`, the `pidfd`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+
+ROLES = (
+    "transcript",
+    "terminal",
+    "conduit_read",
+    "conduit_write",
+    "inlet_read",
+    "inlet_write",
+    "pidfd",
+)
+
+
+class Handles:
+    """The descriptors of one process by role; -1 stands for one that we do not have (yet)."""
+
+    __slots__ = ROLES
+
+    transcript: int
+    terminal: int
+    conduit_read: int
+    conduit_write: int
+    inlet_read: int
+    inlet_write: int
+    pidfd: int
+
+    def __init__(self, descriptors: Mapping[str, int] | None = None) -> None:
+        for role in ROLES:
+            setattr(self, role, -1)
+        for role, fd in (descriptors or {}).items():
+            setattr(self, role, fd)
+
+    def held(self) -> dict[str, int]:
+        """Return role → number of those that we have, in the order of `ROLES`: a loan, not a gift."""
+        return {role: fd for role in ROLES if (fd := getattr(self, role)) >= 0}
+
+    def missing(self, roles: Iterable[str]) -> list[str]:
+        """Return those of `roles` that we do not have."""
+        return [role for role in roles if getattr(self, role) < 0]
+
+    def adopt(self, other: Handles) -> None:
+        """Take over what `other` has and we lack; what we both have is closed in `other`."""
+        for role, fd in other.held().items():
+            if getattr(self, role) < 0:
+                setattr(self, role, fd)
+                setattr(other, role, -1)
+        other.close()
+
+    def close_role(self, role: str) -> None:
+        """Close one of them, if we have it."""
+        fd = getattr(self, role)
+        if fd >= 0:
+            setattr(self, role, -1)
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close all of them; closing again does nothing."""
+        for role in ROLES:
+            self.close_role(role)
+
+    def __del__(self) -> None:
+        if held := self.held():
+            warnings.warn(f"descriptors never closed: {held}", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __len__(self) -> int:
+        return len(self.held())
+
+    def __repr__(self) -> str:
+        return f"Handles({self.held()})"

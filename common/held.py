@@ -1,0 +1,431 @@
+"""One process in the hands of whoever pumps it: a worker while attached, the broker while detached.
+
+Holding means: the lease is ours, the pump runs, the pidfd is watched, input goes through the inlet, and the
+end is noticed once: when the outcome is known and the output drained, to end of file or for a short grace.
+A handoff is `release` here and a new `Held` there; nothing of this object needs to travel.
+
+Always true
+    Pumping starts only if the transcript's lease is free: released, ours, or of a holder proved dead.
+    `on_ended` is called once per `Held`, never before every byte that we wait for is in the transcript.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import termios
+import time
+from collections.abc import Callable
+
+from . import ending, kernel
+from .descriptors import Handles
+from .errors import HandoffError, StdinClosed
+from .messages import Output
+from .outcome import Outcome
+from .pump import Pump, Pumps
+from .response import Response, chunk_id, clip, output, tokens, whole_characters
+from .transcript import Gap, Lease, Transcript
+
+# Seconds to wait for more output after the end while somebody else keeps the terminal open.  What the process
+# itself printed is there at once; this is for what its children still print as they go down.
+GRACE = 0.1
+# Seconds to wait for the parent's record where the kernel cannot tell by itself (before Linux 6.15); the
+# parent records within milliseconds of the end unless it is stopped.
+RECORD_GRACE = 2.0
+_RECORD_LOOK = 0.02
+# Bytes of one line that a terminal in canonical mode takes; the kernel cuts the rest without an error.
+CANONICAL_MAX = 4095
+
+
+class Held:
+    """One held process.  Owns its handles from construction to `close`."""
+
+    __slots__ = (
+        "_closing",
+        "_ended_told",
+        "_grace",
+        "_growth",
+        "_hurry",
+        "_loop",
+        "_pumps",
+        "_record_until",
+        "_waiters",
+        "drained",
+        "exited",
+        "handles",
+        "last_used",
+        "on_closed",
+        "on_ended",
+        "on_output",
+        "outcome",
+        "pump",
+        "terminal_open",
+        "transcript",
+    )
+
+    def __init__(
+        self,
+        handles: Handles,
+        pumps: Pumps,
+        pump: type[Pump],
+        *,
+        on_ended: Callable[[Held], None],
+        on_output: Callable[[Held], None] | None = None,
+        on_closed: Callable[[Held], None] | None = None,
+    ) -> None:
+        """Take over `handles`; raises `PeerError` when the transcript is none of ours (handles stay yours)."""
+        self.transcript = Transcript(handles.transcript)
+        self.handles = handles
+        self.pump = pump(handles, self.transcript)
+        self.outcome: Outcome | None = None
+        self.exited = False
+        self.drained = False
+        self.terminal_open = handles.terminal >= 0
+        self.last_used = time.monotonic()
+        self.on_ended = on_ended
+        self.on_output = on_output
+        self.on_closed = on_closed
+        self._pumps = pumps
+        self._loop = asyncio.get_running_loop()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._growth: list[asyncio.Future[None]] = []
+        self._grace: asyncio.TimerHandle | None = None
+        self._record_until = 0.0
+        self._ended_told = False
+        self._hurry = False
+        self._closing = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(thread id, process id)."""
+        facts = self.transcript.facts
+        return facts.thread_id, facts.process_id
+
+    @property
+    def process_id(self) -> str:
+        """The process id."""
+        return self.transcript.facts.process_id
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, with all output that we wait for in the transcript."""
+        return self.outcome is not None and self.drained
+
+    # Holding and letting go.
+
+    def begin(self, lease: Lease) -> None:
+        """Take the lease and pump; raises `HandoffError` while somebody else may be pumping."""
+        holder = self.transcript.live().lease
+        if holder is not None and holder != lease and not holder.holder_is_dead():
+            raise HandoffError(f"process {self.process_id}: {holder} still holds the lease")
+        self.transcript.take_lease(lease)
+        self.pump.written = self.transcript.written
+        self._pumps.add(self)
+        self._pumps.kick(self)
+        if self.handles.pidfd < 0:
+            self.process_exited()
+        elif self.handles.terminal < 0:
+            self.drained = True
+
+    def release(self) -> Handles:
+        """Stop pumping, give up the lease, and return the handles, now the caller's."""
+        self._stop()
+        self.transcript.release_lease()
+        handles, self.handles = self.handles, Handles()
+        return handles
+
+    def close(self) -> None:
+        """Stop and close everything."""
+        self._stop()
+        self.handles.close()
+
+    def _stop(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._pumps.remove(self)
+        if self._grace:
+            self._grace.cancel()
+        self.hurry()
+
+    # What the pump tells us.
+
+    def output_moved(self) -> None:
+        """The transcript has grown."""
+        if self._growth:
+            _wake(self._growth)
+        if self.on_output:
+            self.on_output(self)
+
+    def terminal_closed(self) -> None:
+        """End of file.  For good, unless a child that lives may open its terminal again."""
+        final = self.exited or not self.transcript.facts.tty
+        if final and self.terminal_open:
+            self.terminal_open = False
+            self._pumps.unwatch_terminal(self)
+        if self.exited:
+            self._drained()
+            if self.ended and self._ended_told and not self.terminal_open and self.on_closed:
+                self.on_closed(self)
+
+    def terminal_dry(self) -> None:
+        """Everything printed so far is here; after the end, what may still come gets a short grace."""
+        if self.exited and not self.drained and self._grace is None:
+            self._grace = self._loop.call_later(GRACE, self._drained)
+
+    def process_exited(self) -> None:
+        """The pidfd says so, or we have none and shall never know."""
+        if self._closing:
+            return
+        first, self.exited = not self.exited, True
+        if self.outcome is None:
+            self._learn()
+        if first:
+            if self.terminal_open:
+                self._pumps.kick(self)
+            else:
+                self._drained()
+
+    def _learn(self) -> None:
+        if self._closing:
+            return
+        pidfd = self.handles.pidfd
+        outcome = ending.learn(pidfd, self.transcript) if pidfd >= 0 else self.transcript.live().outcome
+        now = time.monotonic()
+        if outcome is None:
+            self._record_until = self._record_until or now + RECORD_GRACE
+            if pidfd >= 0 and now < self._record_until:
+                self._loop.call_later(_RECORD_LOOK, self._learn)
+                return
+            outcome = ending.lost(pidfd, self.transcript)
+        self.outcome = outcome
+        self._tell()
+
+    def _drained(self) -> None:
+        self.drained = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._ended_told or not self.ended or self._closing:
+            return
+        self._ended_told = True
+        self.transcript.trim(self.pump.written, exact=True)
+        _wake(self._waiters)
+        _wake(self._growth)
+        self.on_ended(self)
+
+    # Input.
+
+    async def type(self, chars: bytes, deadline: float) -> int:
+        """Put `chars` into the inlet; return how many bytes it took before `deadline` (monotonic).
+
+        Raises `StdinClosed` for a process without a terminal.
+        """
+        if self.handles.inlet_write < 0:
+            raise StdinClosed(
+                f"stdin is closed for this session (process {self.process_id}); rerun the command with tty=true"
+            )
+        if len(chars) == 1 and self._interrupts(chars):
+            return 1
+        view = memoryview(chars)
+        total = self.transcript.live().typed
+        while view and not self.exited and not self._closing:
+            self.transcript.count_typed(total, total + len(view))
+            try:
+                taken = os.write(self.handles.inlet_write, view)
+            except BlockingIOError:
+                self.transcript.count_typed(total)
+                left = deadline - time.monotonic()
+                if left <= 0 or self._hurry:
+                    break
+                await self._room_in_inlet(left)
+                continue
+            total += taken
+            self.transcript.count_typed(total)
+            view = view[taken:]
+        return len(chars) - len(view)
+
+    def _interrupts(self, chars: bytes) -> bool:
+        """Deliver Ctrl-C and its like past input that the program does not read; tell whether we did."""
+        terminal = self.handles.terminal
+        try:
+            if not kernel.bytes_waiting(self.handles.inlet_read):
+                return False
+            mode = termios.tcgetattr(terminal)
+            signals = {mode[6][termios.VINTR]: 2, mode[6][termios.VQUIT]: 3, mode[6][termios.VSUSP]: 20}
+            if not mode[3] & termios.ISIG or chars not in signals:
+                return False
+            kernel.signal_foreground(terminal, signals[chars])
+        except (OSError, termios.error):
+            return False
+        return True
+
+    async def _room_in_inlet(self, seconds: float) -> None:
+        room: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(room)  # its end, or a hurry, ends the wait too
+        fd = self.handles.inlet_write
+        self._loop.add_writer(fd, _settle, room)
+        try:
+            await asyncio.wait((room,), timeout=seconds)
+        finally:
+            self._loop.remove_writer(fd)
+            _drop(self._waiters, room)
+
+    def cut_by_terminal(self, chars: bytes) -> bool:
+        """Tell whether a line of `chars` is longer than the terminal's canonical mode takes."""
+        if all(len(line) <= CANONICAL_MAX for line in chars.replace(b"\r", b"\n").split(b"\n")):
+            return False
+        try:
+            return bool(termios.tcgetattr(self.handles.terminal)[3] & termios.ICANON)
+        except (OSError, termios.error):
+            return False
+
+    # Output.
+
+    async def until_ended(self, deadline: float | None = None) -> bool:
+        """Wait for the end, a hurry, or `deadline` (monotonic); tell whether it has ended."""
+        if not self.ended and not self._hurry:
+            await self._wait_in(self._waiters, deadline)
+        return self.ended
+
+    async def until_output(self, offset: int, deadline: float) -> None:
+        """Wait until there is something after `offset`, or the end, a hurry, or `deadline` (monotonic)."""
+        while self.pump.written <= offset and not self.ended and not self._hurry and time.monotonic() < deadline:
+            await self._wait_in(self._growth, deadline)
+
+    def hurry(self) -> None:
+        """Make whoever waits for this process answer now with what there is."""
+        self._hurry = True
+        _wake(self._waiters)
+        _wake(self._growth)
+
+    async def _wait_in(self, waiters: list[asyncio.Future[None]], deadline: float | None) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        waiters.append(waiter)
+        timer = None
+        if deadline is not None:
+            left = max(0.0, deadline - time.monotonic())
+            timer = self._loop.call_later(left, _settle, waiter)
+        try:
+            await waiter
+        finally:
+            if timer:
+                timer.cancel()
+            _drop(waiters, waiter)
+
+    def answer(
+        self,
+        started: float,
+        max_tokens: int,
+        *,
+        since: int | None = None,
+        typed: int = 0,
+        warnings: list[str] | None = None,
+    ) -> Response:
+        """Return the output not yet delivered (or from `since` on), and count it as delivered.
+
+        `started`: monotonic time at which the call began.
+        """
+        transcript = self.transcript
+        delivered = transcript.live().delivered
+        start = delivered if since is None else since
+        end = self.pump.written
+        parts = list(transcript.read(start, end))
+        ended = self.ended
+        if not ended and parts and not isinstance(parts[-1], Gap):
+            offset, data = parts[-1]
+            whole = whole_characters(data)
+            parts[-1] = offset, data[:whole]
+            end -= len(data) - whole
+        self.last_used = time.monotonic()
+        if end > delivered:
+            transcript.deliver(end)
+        return Response(
+            thread=transcript.facts.thread_id,
+            process_id=self.process_id,
+            chunk_id=chunk_id(),
+            wall_time_seconds=round(time.monotonic() - started, 4),
+            exit_code=self.outcome.exit_code if ended and self.outcome else None,
+            session_id=None if ended else int(self.process_id),
+            original_token_count=tokens(max(0, end - start)),
+            output=clip(parts, start, max(start, end), max_tokens),
+            outcome=self.outcome.to_wire() if ended and self.outcome else None,
+            sentence=self.outcome.sentence() if ended and self.outcome else "",
+            output_end=end,
+            typed=typed,
+            warnings=warnings or [],
+        )
+
+    def piece(self, offset: int, limit: int) -> Output:
+        """Return a piece of the transcript without delivering it, see `piece_of`."""
+        return piece_of(self.transcript, offset, limit, ended=self.ended)
+
+    async def converse(self, chars: bytes, yield_s: float, max_tokens: int, since: int | None = None) -> Response:
+        """Type, wait for the end or `yield_s` seconds, and answer: the whole of `write_stdin`."""
+        started = time.monotonic()
+        deadline = started + yield_s
+        self.last_used = started
+        typed = 0
+        warnings = []
+        if chars and self.ended:
+            warnings.append("the process has ended; nothing was typed")
+        elif chars:
+            if self.cut_by_terminal(chars):
+                warnings.append(
+                    f"a line is longer than {CANONICAL_MAX} bytes, and this terminal cuts longer lines; "
+                    "write it to a file, or in pieces to a program that reads raw"
+                )
+            typed = await self.type(chars, deadline)
+            if typed < len(chars):
+                warnings.append(
+                    f"only {typed} of {len(chars)} bytes were typed: the program does not read its input; "
+                    "send the rest again"
+                )
+        await self.until_ended(deadline)
+        return self.answer(started, max_tokens, since=since, typed=typed, warnings=warnings)
+
+    # The world.
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Set the terminal's size; raises `StdinClosed` for a process without one."""
+        if not self.transcript.facts.tty or self.handles.terminal < 0:
+            raise StdinClosed(f"process {self.process_id} has no terminal; rerun the command with tty=true")
+        try:
+            kernel.set_window_size(self.handles.terminal, columns, rows)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+
+
+def piece_of(transcript: Transcript, offset: int, limit: int, *, ended: bool) -> Output:
+    """Return what of `[offset, …)` is kept, up to `limit` bytes of it, and where to go on."""
+    written = transcript.written
+    outcome = transcript.live().outcome
+    return output(transcript.read(offset, written), offset, limit, written, outcome, ended=ended)
+
+
+def exec_yield(milliseconds: int) -> float:
+    """Return how long `exec_command` waits, in seconds, within the limits of the tool."""
+    return min(max(milliseconds, 250), 30_000) / 1000
+
+
+def write_yield(milliseconds: int, chars: bytes) -> float:
+    """Return how long `write_stdin` waits, in seconds: an empty poll is meant to wait."""
+    return exec_yield(milliseconds) if chars else min(max(milliseconds, 5_000), 300_000) / 1000
+
+
+def _wake(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        _settle(waiter)
+    waiters.clear()
+
+
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _drop(waiters: list[asyncio.Future[None]], waiter: asyncio.Future[None]) -> None:
+    if waiter in waiters:
+        waiters.remove(waiter)

@@ -1,0 +1,245 @@
+"""The few Linux calls that Python lacks, and facts that only the kernel knows.
+
+The only module with ctypes or ioctl numbers.  Each function does one call, returns plain values, and lets
+`OSError` through; a feature that a kernel does not have is a `None` or a `False`, never a guess.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import socket
+import struct
+import termios
+import time
+from functools import cache
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_PR_SET_CHILD_SUBREAPER = 36
+_KCMP_FILE = 0
+_KCMP_NUMBER = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "ppc64le": 354, "s390x": 343}
+_MFD_NOEXEC_SEAL = 0x08
+_SO_PEERPIDFD = 77
+_TIOCSIG = 0x40045436
+# _IOWR(0xFF, 11, struct pidfd_info), for the struct's first published size of 64 bytes.
+_PIDFD_GET_INFO = 0xC040FF0B
+_PIDFD_INFO_PID = 1 << 0
+_PIDFD_INFO_EXIT = 1 << 3
+
+
+def _check(result: int, call: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def boottime() -> float:
+    """Return seconds since boot, suspend included (`CLOCK_BOOTTIME`): the clock of every deadline."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@cache
+def boot_id() -> str:
+    """Return this boot's id: descriptors, pids and deadlines mean nothing outside it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def punch_hole(fd: int, start: int, length: int) -> None:
+    """Give the pages of `fd` wholly inside `[start, start + length)` back, keeping the file's size."""
+    result = _libc.fallocate(
+        ctypes.c_int(fd),
+        ctypes.c_int(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE),
+        ctypes.c_int64(start),
+        ctypes.c_int64(length),
+    )
+    _check(result, "fallocate")
+
+
+def become_subreaper() -> None:
+    """Make orphaned descendants ours to wait for."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def same_open_file(first: int, second: int) -> bool | None:
+    """Tell whether two of our descriptors are one open file; `None` where the kernel cannot say."""
+    number = _KCMP_NUMBER.get(os.uname().machine)
+    if number is None:
+        return None
+    pid = os.getpid()
+    result = int(_libc.syscall(number, pid, pid, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(second)))
+    return None if result < 0 else result == 0
+
+
+def memfd(name: str) -> int:
+    """Return a new memfd that can be sealed and never executed, mode 0600, close-on-exec."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 6.3 does not know the flag
+            raise
+        fd = os.memfd_create(name, flags)
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def seal(fd: int) -> None:
+    """Forbid shrinking `fd`, and any further seal: a holder could otherwise seal it against writing."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+
+
+def seals(fd: int) -> int:
+    """Return the seals of a memfd; raises `OSError` (EINVAL) for any other file."""
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+
+
+def is_sealed_memfd(fd: int) -> bool:
+    """Tell whether `fd` is a memfd with the seals that `seal` sets."""
+    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    try:
+        return seals(fd) & wanted == wanted
+    except OSError:
+        return False
+
+
+def bytes_waiting(fd: int) -> int:
+    """Return how many bytes lie in a pipe, by either of its ends."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+
+def window_size(terminal: int) -> tuple[int, int]:
+    """Return the size of a terminal as (columns, rows)."""
+    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))
+    return columns, rows
+
+
+def set_window_size(terminal: int, columns: int, rows: int) -> None:
+    """Set a terminal's size; the kernel sends SIGWINCH to its foreground group when it changed."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def signal_foreground(master: int, signal_number: int) -> None:
+    """Signal the foreground group of a PTY, also where its Ctrl-C is off.
+
+    The kernel takes SIGINT, SIGQUIT and SIGTSTP here; others go to the group by its number.
+    """
+    if signal_number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+        fcntl.ioctl(master, _TIOCSIG, signal_number)
+        return
+    group = os.tcgetpgrp(master)
+    if group <= 0:  # after the leader's end the master has no group: killpg(0) would be our own
+        raise ProcessLookupError(errno.ESRCH, "the terminal has no foreground group")
+    os.killpg(group, signal_number)
+
+
+def pidfd_exit_status(pidfd: int) -> int | None:
+    """Return the wait status of a process that was already reaped, or `None` where the kernel cannot say.
+
+    Linux 6.15 and newer.  Before the reap the code reads 0 without the EXIT bit, which is no answer.
+    """
+    request = bytearray(64)
+    struct.pack_into("Q", request, 0, _PIDFD_INFO_PID | _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, request)
+    except OSError:
+        return None
+    (mask,) = struct.unpack_from("Q", request, 0)
+    return int(struct.unpack_from("i", request, 60)[0]) if mask & _PIDFD_INFO_EXIT else None
+
+
+def pidfd_pid(pidfd: int) -> int | None:
+    """Return the pid that a pidfd stands for, or `None` when that process has been reaped."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("Pid:"):
+                pid = int(line[4:])
+                return pid if pid > 0 else None
+    return None
+
+
+def is_reaped(pidfd: int) -> bool:
+    """Tell whether the process behind `pidfd` has been waited for, so that its pid may be recycled."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _stat_fields(pid: int) -> list[bytes] | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command name may hold spaces and brackets; what follows the last bracket starts at field 3.
+    return text[text.rindex(b")") + 2 :].split()
+
+
+def start_time(pid: int) -> int | None:
+    """Return when `pid` started, in clock ticks since boot, or `None` when there is no such process.
+
+    A pid and its start time together name one process of this boot.
+    """
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else None
+
+
+def is_dead(pid: int, started: int) -> bool:
+    """Tell whether the process that started as `pid` at `started` has ended, be it reaped or not."""
+    fields = _stat_fields(pid)
+    return fields is None or int(fields[19]) != started or fields[0] in (b"Z", b"X")
+
+
+def zombie_status(pid: int) -> int | None:
+    """Return the wait status of `pid` if it is a zombie of a user we may inspect, else `None`."""
+    fields = _stat_fields(pid)
+    return int(fields[49]) if fields and fields[0] == b"Z" else None
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """Return (pid, uid) of whoever connected, as the kernel recorded it."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid, _ = struct.unpack("iii", raw)
+    return pid, uid
+
+
+def peer_pidfd(connection: socket.socket) -> int | None:
+    """Return a pidfd of whoever connected (Linux 6.5 and newer; else by pid), `None` when it is gone."""
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+        return int(struct.unpack("i", raw)[0])
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            return None
+    try:
+        return os.pidfd_open(peer_credentials(connection)[0])
+    except ProcessLookupError:
+        return None
+
+
+def can_splice_terminals() -> bool:
+    """Tell whether this kernel splices from a terminal (Linux 5.11 and newer, outside some sandboxes)."""
+    master, slave = os.openpty()
+    read_end, write_end = os.pipe()
+    try:
+        os.set_blocking(master, False)
+        try:
+            os.splice(master, write_end, 1)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True
+    finally:
+        for fd in (master, slave, read_end, write_end):
+            os.close(fd)

@@ -1,0 +1,97 @@
+"""Starting a process of our own: broker, worker or spawner.
+
+Such a process inherits no descriptor it was not given and none of our marks, leads a session of its own, and is
+started without a fork of its parent (`posix_spawn`), so that it costs the same from a large process.
+
+Limits: we raise our soft limits to the hard ones, since libzmq aborts a process that meets EMFILE in `accept`, and
+a transcript may outgrow RLIMIT_FSIZE.  What they were before travels along, for the children.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+
+# Names a child gets, and that nothing of ours may carry: a tree that must be killed is found by them.
+THREAD = b"OUTLIVE_THREAD"
+PROCESS = b"OUTLIVE_PROCESS"
+MARK = b"OUTLIVE_MARK"
+# Names that only our own processes carry.
+ROLE = b"OUTLIVE_ROLE"
+LIMITS = b"OUTLIVE_LIMITS"
+# Where the first given descriptor appears in the new process; the others follow.
+FIRST_FD = 3
+
+_RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+
+
+def launch(
+    module: str,
+    arguments: Sequence[str] = (),
+    *,
+    fds: Sequence[int] = (),
+    log: int = -1,
+    forsaken: bool = False,
+) -> int:
+    """Start `python -m MODULE ARGUMENTS...` and return the pid that the caller has to reap.
+
+    `fds` appear there as 3, 4, …; standard input and output are /dev/null, standard error is `log`.
+    `forsaken`: it is to be nobody's child, and the returned pid is that of a shell which ends at once.
+    """
+    environment = {name: value for name, value in os.environb.items() if name not in (THREAD, PROCESS, MARK, ROLE)}
+    environment[ROLE] = module.rpartition("outlive.")[2].encode()
+    # Two steps, since a number we want to fill may be one that we still have to copy from.
+    high = 64 + FIRST_FD + len(fds)
+    actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
+        (os.POSIX_SPAWN_DUP2, 0, 1),
+        (os.POSIX_SPAWN_DUP2, log if log >= 0 else 0, 2),
+        *((os.POSIX_SPAWN_DUP2, fd, high + at) for at, fd in enumerate(fds)),
+        *((os.POSIX_SPAWN_DUP2, high + at, FIRST_FD + at) for at in range(len(fds))),
+        *((os.POSIX_SPAWN_CLOSE, high + at) for at in range(len(fds))),
+    ]
+    # -P: a `json.py` in the caller's directory must not shadow ours.
+    argv = [sys.executable, "-P", "-m", module, *arguments]
+    if forsaken:
+        argv = ["/bin/sh", "-c", '"$@" &', "sh", *argv]
+    return os.posix_spawn(
+        argv[0],
+        argv,
+        environment,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM),
+    )
+
+
+def raise_limits() -> None:
+    """Raise our soft limits to the hard ones, and remember what they were, for `original_limits`."""
+    before = original_limits()
+    for limit in _RAISED:
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (hard, hard))
+    os.environb[LIMITS] = ",".join(str(before[limit]) for limit in _RAISED).encode()
+
+
+def original_limits() -> dict[int, int]:
+    """Return the soft limits as they were before any process of ours raised them."""
+    text = os.environb.get(LIMITS, b"").split(b",")
+    if len(text) == len(_RAISED):
+        return {limit: int(value) for limit, value in zip(_RAISED, text, strict=True)}
+    return {limit: resource.getrlimit(limit)[0] for limit in _RAISED}
+
+
+def restore_limits(limits: dict[int, int]) -> None:
+    """Give the calling process (a child about to run its program) these soft limits."""
+    for limit, soft in limits.items():
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (soft, hard))
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

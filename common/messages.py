@@ -1,0 +1,446 @@
+"""Every request, reply and event, as frozen types: what may be asked, by whom, and what comes back.
+
+One frame is one msgpack map: a `Request` (with an `op` that names one of the bodies below), a `Reply`, or a
+`Notice` that needs no reply.  Types grow only by addition; `Down` keeps its shape for ever, so that any
+version can end any other.
+
+    client → broker      everything in `CLIENT_OPS`
+    broker → worker      everything in `WORKER_OPS`: some of the client's, and the handoff
+    worker → broker      everything in `FROM_WORKER_OPS`: a `Register`, then notices
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from .outcome import Outcome
+
+VERSION = 1
+
+# Bytes of input in one call.  More is typed in several calls.
+CHARS_MAX = 1 << 20
+# Bytes of a transcript in one reply.
+READ_MAX = 1 << 20
+
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+Name = Annotated[str, msgspec.Meta(max_length=100_000)]  # checked by `paths`, with an error of its own
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=86_400_000)]
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+Cells = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+Offset = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+SignalNumber = Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request carries; its `op` is the name of the class in snake case."""
+
+
+# Frames.
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A frame that wants one reply (`id` > 0), or a notice (`id` 0).
+
+    `token`: from the handshake.  `deadline`: on `CLOCK_BOOTTIME`, checked by the receiver.
+    """
+
+    v: int
+    op: Text
+    body: dict[str, Any]
+    token: Text = ""
+    id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    deadline: float | None = None
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An error on the wire; `kind` is that of a class in `errors`."""
+
+    kind: str
+    message: str
+    stage: str | None = None
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """The one answer to a request: a result, or a failure."""
+
+    v: int
+    id: int
+    result: Any = None
+    error: Failure | None = None
+
+
+# Bodies that a client sends.
+
+
+class ExecCommand(Body, frozen=True, kw_only=True):
+    """Start a command; `cmd` is a shell command line (text) or an argv (list).
+
+    `environment` is the caller's, `overrides` what the call itself sets.  `call_id` makes it count once.
+    """
+
+    thread: Name
+    cmd: str | list[bytes]
+    workdir: bytes
+    environment: dict[bytes, bytes]
+    call_id: Text
+    overrides: dict[bytes, bytes] = {}
+    shell: bytes | None = None
+    login: bool = True
+    tty: bool = False
+    columns: Cells = 80
+    rows: Cells = 24
+    yield_time_ms: Milliseconds = 10_000
+    max_output_tokens: Tokens = 10_000
+
+
+class WriteStdin(Body, frozen=True, kw_only=True):
+    """Type into a process, or with empty `chars` just poll it.
+
+    `resume`: start or wake the thread's worker for it; else a detached process is typed into by the broker.
+    `since`: answer with the output from this offset on rather than from what was delivered; set by the
+    broker when it sends a poll again that died with a worker.
+    """
+
+    thread: Name
+    process_id: Name
+    chars: Annotated[bytes, msgspec.Meta(max_length=CHARS_MAX)] = b""
+    yield_time_ms: Milliseconds = 250
+    max_output_tokens: Tokens = 10_000
+    write_id: Text = ""
+    resume: bool = True
+    since: Offset | None = None
+
+
+class ReadOutput(Body, frozen=True, kw_only=True):
+    """Read a transcript without delivering it; waits `wait_ms` for something after `offset`."""
+
+    thread: Name
+    process_id: Name
+    offset: Offset = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=READ_MAX)] = READ_MAX
+    wait_ms: Milliseconds = 0
+
+
+class ListProcesses(Body, frozen=True, kw_only=True):
+    """Processes of one thread or of all; `ended`: those of the archive too."""
+
+    thread: Name | None = None
+    ended: bool = False
+
+
+class ListThreads(Body, frozen=True, kw_only=True):
+    """All threads."""
+
+
+class CreateThread(Body, frozen=True, kw_only=True):
+    """Make a thread known; it gets a worker when it needs one."""
+
+    thread: Name
+
+
+class Wait(Body, frozen=True, kw_only=True):
+    """Answer once the process has ended and its output is in the transcript."""
+
+    thread: Name
+    process_id: Name
+
+
+class Kill(Body, frozen=True, kw_only=True):
+    """Signal the tree of each process, or only its foreground group; KILL after `after_s` if it still lives."""
+
+    thread: Name
+    process_ids: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=10_000)]
+    signal: SignalNumber = 15
+    foreground: bool = False
+    after_s: Seconds | None = None
+
+
+class Resize(Body, frozen=True, kw_only=True):
+    """Set the size of a process's terminal."""
+
+    thread: Name
+    process_id: Name
+    columns: Cells
+    rows: Cells
+
+
+class Detach(Body, frozen=True, kw_only=True):
+    """Hand a thread's processes to the broker and send its worker to bed, unless `keep_worker`."""
+
+    thread: Name
+    keep_worker: bool = False
+
+
+class Resume(Body, frozen=True, kw_only=True):
+    """Start the thread's next worker, which takes its processes back."""
+
+    thread: Name
+
+
+class Reattach(Body, frozen=True, kw_only=True):
+    """Give what is still detached to the worker that is up."""
+
+    thread: Name
+
+
+class Clean(Body, frozen=True, kw_only=True):
+    """End a thread's detached processes."""
+
+    thread: Name
+
+
+class Shutdown(Body, frozen=True, kw_only=True):
+    """End a thread's worker and attached processes, with `all` its detached ones too; no thread: every one."""
+
+    thread: Name | None = None
+    all: bool = False
+
+
+class Status(Body, frozen=True, kw_only=True):
+    """The broker about itself."""
+
+
+class RecentEvents(Body, frozen=True, kw_only=True):
+    """The last events, deltas left out."""
+
+
+class Down(Body, frozen=True, kw_only=True):
+    """End the broker; refused while processes live, unless `force`.  Keeps its shape for ever."""
+
+    force: bool = False
+
+
+# Bodies that only the broker sends to a worker.
+
+
+class Import(Body, frozen=True, kw_only=True):
+    """Take over the processes in these parcels, which were sent before on the channel.
+
+    `streams`: process id → (next delta's number, offset), where a stream of deltas goes on.
+    """
+
+    tickets: list[Text]
+    streams: dict[str, tuple[int, int]] = {}
+
+
+class Export(Body, frozen=True, kw_only=True):
+    """Stop pumping everything and give it to the broker, which has the descriptors."""
+
+
+class TerminateAll(Body, frozen=True, kw_only=True):
+    """End every process; no end events are sent."""
+
+
+class Forget(Body, frozen=True, kw_only=True):
+    """These were ended or replaced by the broker: drop them without a word."""
+
+    process_ids: list[Text]
+
+
+class Deltas(Body, frozen=True, kw_only=True):
+    """Whether anybody listens to output deltas."""
+
+    wanted: bool
+
+
+class Bye(Body, frozen=True, kw_only=True):
+    """Go to bed."""
+
+
+# Bodies that a worker sends.
+
+
+class Register(Body, frozen=True, kw_only=True):
+    """I am up, and hold these processes (none at a first start)."""
+
+    processes: list[Text] = []
+
+
+class Welcome(Body, frozen=True, kw_only=True):
+    """The answer to `Register`: ids the thread has used, as little-endian numbers of 5 bytes each."""
+
+    used: bytes = b""
+    deltas: bool = False
+
+    @classmethod
+    def of(cls, ids: Iterable[str], *, deltas: bool) -> Welcome:
+        """Return the welcome for a thread that has used these ids."""
+        return cls(used=b"".join(int(id).to_bytes(5, "little") for id in ids), deltas=deltas)
+
+    def ids(self) -> set[str]:
+        """Return the ids that the thread has used."""
+        return {str(int.from_bytes(self.used[at : at + 5], "little")) for at in range(0, len(self.used), 5)}
+
+
+class Begin(Body, frozen=True, kw_only=True):
+    """A process was started."""
+
+    process_id: Text
+    call_id: Text
+    pid: int
+    argv: list[bytes]
+
+
+class Delta(Body, frozen=True, kw_only=True):
+    """A piece of output, at most 8 KiB, whole UTF-8 characters; `seq` counts per call."""
+
+    process_id: Text
+    call_id: Text
+    seq: int
+    offset: int
+    chunk: bytes
+
+
+class Ended(Body, frozen=True, kw_only=True):
+    """A process has ended, and its output is in the transcript; `output` is its aggregate (head and tail)."""
+
+    process_id: Text
+    call_id: Text
+    output: bytes = b""
+    announce: bool = True
+
+
+class Closed(Body, frozen=True, kw_only=True):
+    """An ended process whose terminal was kept open by others has been drained to its end."""
+
+    process_id: Text
+
+
+class Orphaned(Body, frozen=True, kw_only=True):
+    """The spawner died while it was starting this process; what became of it is in the deposit."""
+
+    process_id: Text
+
+
+class Collected(Body, frozen=True, kw_only=True):
+    """These processes' ends and all their kept output are in the reply that follows."""
+
+    process_id: Text
+
+
+CLIENT_BODIES: tuple[type[Body], ...] = (
+    ExecCommand,
+    WriteStdin,
+    ReadOutput,
+    ListProcesses,
+    ListThreads,
+    CreateThread,
+    Wait,
+    Kill,
+    Resize,
+    Detach,
+    Resume,
+    Reattach,
+    Clean,
+    Shutdown,
+    Status,
+    RecentEvents,
+    Down,
+)
+WORKER_BODIES: tuple[type[Body], ...] = (
+    ExecCommand,
+    WriteStdin,
+    ReadOutput,
+    Import,
+    Export,
+    TerminateAll,
+    Forget,
+    Deltas,
+    Bye,
+)
+FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Ended, Closed, Collected, Orphaned)
+
+
+def op_of(body: type[Body]) -> str:
+    """Return the name on the wire: `ExecCommand` → `exec_command`."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in body.__name__).lstrip("_")
+
+
+Ops = Mapping[str, type[Body]]
+CLIENT_OPS: Ops = {op_of(body): body for body in CLIENT_BODIES}
+WORKER_OPS: Ops = {op_of(body): body for body in WORKER_BODIES}
+FROM_WORKER_OPS: Ops = {op_of(body): body for body in FROM_WORKER_BODIES}
+
+
+# What comes back, and what `--json` prints.
+
+ProcessState = Literal["starting", "attached", "detached", "ended"]
+ThreadState = Literal["awake", "asleep", "failed"]
+
+
+class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream."""
+
+    thread: str
+    process_id: str
+    call_id: str
+    pid: int | None
+    state: ProcessState
+    worker_pid: int | None
+    command: list[str]
+    cwd: str
+    tty: bool
+    started_at: str
+    bytes_written: int
+    bytes_delivered: int
+    outcome: dict[str, Any] | None
+
+
+class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `threads`; `failed` says that its worker does not come up, its processes being safe."""
+
+    thread: str
+    state: ThreadState
+    worker_pid: int | None
+    epoch: int
+    attached: int
+    detached: int
+    ended: int
+
+
+class DetachedProcessSummary(msgspec.Struct, frozen=True):
+    """Which processes were detached or cleaned; ids sorted as strings."""
+
+    process_count: int
+    process_ids: list[str]
+
+    @classmethod
+    def of(cls, process_ids: list[str]) -> DetachedProcessSummary:
+        """Return the summary of these processes."""
+        return cls(len(process_ids), sorted(process_ids))
+
+
+class ReattachSummary(msgspec.Struct, frozen=True):
+    """How many processes a worker took back, and which it could not; ids sorted as strings."""
+
+    reattached_count: int
+    skipped_count: int
+    skipped_process_ids: list[str]
+
+    @classmethod
+    def of(cls, reattached: int, skipped: list[str]) -> ReattachSummary:
+        """Return the summary for this many taken and these refused."""
+        return cls(reattached, len(skipped), sorted(skipped))
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a transcript: (offset, bytes) pieces and gaps [from, to] in order, and where to go on.
+
+    `written`: bytes printed so far.  `ended`: nothing more will come.
+    """
+
+    pieces: list[tuple[int, bytes]]
+    gaps: list[tuple[int, int]]
+    next_offset: int
+    written: int
+    ended: bool
+    outcome: dict[str, Any] | None
+
+
+def outcome_from_wire(table: dict[str, Any] | None) -> Outcome | None:
+    """Return the outcome that a reply carries."""
+    return None if table is None else Outcome(**table)

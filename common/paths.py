@@ -1,0 +1,149 @@
+"""Where runtime, state and configuration live, and which names may become file names.
+
+    OUTLIVE_HOME=DIR    DIR/run, DIR/state, DIR/config.toml       several brokers on one machine, tests
+    otherwise           $XDG_RUNTIME_DIR/outlive (or /run/user/UID/outlive, or under the state folder),
+                        $XDG_STATE_HOME/outlive, $XDG_CONFIG_HOME/outlive/config.toml
+
+Every folder of ours is 0700 and ours, checked each time: what is in it decides whom we talk to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BadRequest
+
+_THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Ten digits: ids are counted on from 100000 when the random ones run out, one at a time.
+_PROCESS = re.compile(r"[1-9][0-9]{0,9}")
+
+# Bytes in `sockaddr_un.sun_path`, less the final zero.
+_SOCKET_PATH_MAX = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The folders and files of one broker."""
+
+    run: Path
+    state: Path
+    config: Path
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Paths:
+        """Return the paths that the environment asks for; touches no file."""
+        env = os.environ if environment is None else environment
+        if home := env.get("OUTLIVE_HOME"):
+            base = Path(home).absolute()
+            return cls(base / "run", base / "state", base / "config.toml")
+        user_home = Path(env.get("HOME") or os.path.expanduser("~"))
+        state = Path(env.get("XDG_STATE_HOME") or user_home / ".local/state") / "outlive"
+        config = Path(env.get("XDG_CONFIG_HOME") or user_home / ".config") / "outlive/config.toml"
+        if runtime := env.get("XDG_RUNTIME_DIR"):
+            return cls(Path(runtime) / "outlive", state, config)
+        fallback = Path(f"/run/user/{os.getuid()}")
+        ours = fallback.is_dir() and fallback.stat().st_uid == os.getuid()
+        return cls(fallback / "outlive" if ours else state / "run", state, config)
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the one broker of this runtime folder."""
+        return self.run / "lock"
+
+    @property
+    def control(self) -> Path:
+        """The ZeroMQ socket for requests and replies."""
+        return self.run / "control"
+
+    @property
+    def events(self) -> Path:
+        """The ZeroMQ socket for events."""
+        return self.run / "events"
+
+    @property
+    def channel(self) -> Path:
+        """The socket for descriptors and the handshake."""
+        return self.run / "channel"
+
+    @property
+    def workers(self) -> Path:
+        """One file for each running worker: its pid, start time and epoch, for the next broker."""
+        return self.run / "workers"
+
+    @property
+    def log(self) -> Path:
+        """What broker, workers and spawners had to say."""
+        return self.state / "broker.log"
+
+    @property
+    def threads(self) -> Path:
+        """One folder a thread: the ids it used, and what is kept of its ended processes."""
+        return self.state / "threads"
+
+    def prepare(self) -> None:
+        """Make the folders, and refuse those that somebody else could write to."""
+        for folder in (self.run, self.workers, self.state, self.threads):
+            private_folder(folder)
+
+
+class SocketPath:
+    """A socket's path of any length: beyond the kernel's 107 bytes it is reached through its folder.
+
+    The text is valid until `close`; ZeroMQ connects only after `connect` has returned.
+    """
+
+    def __init__(self, path: Path) -> None:
+        long = len(os.fsencode(path)) > _SOCKET_PATH_MAX
+        self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY) if long else -1
+        self.text = f"/proc/self/fd/{self._folder}/{path.name}" if long else str(path)
+
+    def close(self) -> None:
+        """Let the folder go; closing again does nothing."""
+        folder, self._folder = self._folder, -1
+        if folder >= 0:
+            os.close(folder)
+
+    def __enter__(self) -> str:
+        return self.text
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def private_folder(folder: Path) -> None:
+    """Make `folder` (0700); raises `BadRequest` when it is not ours alone and cannot be made so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise BadRequest(f"folder {folder}: {error.strerror}; set OUTLIVE_HOME to one you can write to") from None
+    if found.st_uid != os.getuid():
+        raise BadRequest(f"folder {folder} belongs to user {found.st_uid}, not to you ({os.getuid()})")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+def check_thread(name: str) -> str:
+    """Return `name` if a thread may be called that; else raise `BadRequest`."""
+    if not _THREAD.fullmatch(name):
+        raise BadRequest(
+            f"thread {_shown(name)}: a name has 1 to 64 characters of A-Z a-z 0-9 . _ - "
+            "and starts with a letter or a digit"
+        )
+    return name
+
+
+def check_process(process_id: str) -> str:
+    """Return `process_id` if it can be one; else raise `BadRequest`."""
+    if not _PROCESS.fullmatch(process_id):
+        raise BadRequest(f"process {_shown(process_id)}: a process id is a number, as `outlive ps` shows it")
+    return process_id
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r}… ({len(text)} characters)"

@@ -1,0 +1,354 @@
+"""The pump: output from a terminal to a transcript, input from an inlet to the terminal, holding no byte.
+
+    output   splice(terminal → conduit), splice(conduit → transcript)      a pipe needs no conduit
+    input    splice(inlet → terminal)
+
+At every instant the bytes are in the kernel, in objects that the broker holds copies of; whoever pumps next
+first empties the conduit, then touches the terminal.  So a pump may be killed anywhere and nothing is lost or
+repeated.  Where a kernel does not splice terminals, `CopyingPump` reads and writes instead, and a kill between
+the two loses what was in its hands: `status` and `doctor` say so.
+
+Always true
+    One pump at a time per process: splice does not lock the file position.  The lease is the caller's duty.
+    An error of the transcript (no space, a limit) leaves the bytes where they are: `FULL`, try again.
+    No terminal is waited for here; `Pumps` tells when to try again, from one edge-triggered epoll for all.
+        Level-triggered, a hung-up terminal would wake us for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import time
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+from .descriptors import Handles
+from .transcript import Transcript
+
+# Bytes a splice may move.  A terminal yields 4 KiB at a time, and a splice from one allocates all the pages
+# asked for before it knows.
+TERMINAL_CHUNK = 8 << 10
+PIPE_CHUNK = 64 << 10
+# Bytes one pump may move before the others get their turn.
+TURN = 1 << 20
+# Seconds that pumping may go on before everything else that the process does gets its turn; control calls
+# under flood wait for this long.
+SLICE = 0.002
+# Seconds to wait for more from terminals that were just busy, before going back to the loop: a trip through
+# asyncio costs more than the 4 KiB that a terminal yields at a time.
+LINGER = 0.0005
+# Seconds until a transcript that refused bytes is tried again.
+FULL_RETRY = 0.25
+
+
+class Step(Enum):
+    """What a pump says after it has moved what it could."""
+
+    DRY = auto()  # nothing more for now
+    MORE = auto()  # its turn was over first
+    CLOSED = auto()  # end of file: nobody has the terminal open
+    FULL = auto()  # the transcript refuses; the bytes wait
+
+
+class Pump:
+    """The splicing pump of one process.  Borrows the descriptors of `handles`."""
+
+    mode = "spliced"
+
+    def __init__(self, handles: Handles, transcript: Transcript) -> None:
+        self.handles = handles
+        self.transcript = transcript
+        self.written = transcript.written
+        self.refusal: OSError | None = None
+
+    def drain(self, turn: int = TURN) -> Step:
+        """Move output until there is no more, or about `turn` bytes were moved."""
+        return self._drain_terminal(turn) if self.handles.conduit_read >= 0 else self._drain_pipe(turn)
+
+    def _drain_terminal(self, turn: int) -> Step:
+        splice, handles, transcript = os.splice, self.handles, self.transcript.fd
+        terminal, conduit_write, conduit_read = handles.terminal, handles.conduit_write, handles.conduit_read
+        until = self.written + turn
+        waiting = PIPE_CHUNK  # of the former pumper, perhaps
+        while True:
+            try:
+                while waiting > 0:
+                    moved = splice(conduit_read, transcript, waiting)
+                    self.written += moved
+                    waiting -= moved
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                return self._full(error)
+            if self.written >= until:
+                return Step.MORE
+            try:
+                waiting = splice(terminal, conduit_write, TERMINAL_CHUNK)
+            except BlockingIOError:
+                return Step.DRY
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    return Step.CLOSED
+                raise
+            if not waiting:
+                return Step.CLOSED
+
+    def _drain_pipe(self, turn: int) -> Step:
+        splice, terminal, transcript = os.splice, self.handles.terminal, self.transcript.fd
+        until = self.written + turn
+        while self.written < until:
+            try:
+                moved = splice(terminal, transcript, PIPE_CHUNK)
+            except BlockingIOError:
+                return Step.DRY
+            except OSError as error:
+                return self._full(error)
+            if not moved:
+                return Step.CLOSED
+            self.written += moved
+        return Step.MORE
+
+    def type_inlet(self) -> bool:
+        """Move input until the inlet is empty or the terminal full; tell whether some is left."""
+        splice, inlet, terminal = os.splice, self.handles.inlet_read, self.handles.terminal
+        try:
+            while True:
+                splice(inlet, terminal, PIPE_CHUNK)
+        except BlockingIOError:
+            return _waiting(inlet)
+        except OSError as error:
+            # EIO: nobody has the terminal open; it may be opened again.
+            if error.errno == errno.EIO:
+                return _waiting(inlet)
+            raise
+
+    def _full(self, error: OSError) -> Step:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
+            raise error
+        self.refusal = error
+        return Step.FULL
+
+
+class CopyingPump(Pump):
+    """The fallback: what it has read and not yet written dies with it."""
+
+    mode = "copied"
+
+    def __init__(self, handles: Handles, transcript: Transcript) -> None:
+        super().__init__(handles, transcript)
+        self._in_hand = memoryview(b"")
+        self._to_type = memoryview(b"")
+
+    def drain(self, turn: int = TURN) -> Step:
+        """Move output until there is no more, or about `turn` bytes were moved."""
+        until = self.written + turn
+        while True:
+            try:
+                while self._in_hand:
+                    moved = os.write(self.transcript.fd, self._in_hand)
+                    self.written += moved
+                    self._in_hand = self._in_hand[moved:]
+            except OSError as error:
+                return self._full(error)
+            if self.written >= until:
+                return Step.MORE
+            try:
+                data = os.read(self.handles.terminal, PIPE_CHUNK)
+            except BlockingIOError:
+                return Step.DRY
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    return Step.CLOSED
+                raise
+            if not data:
+                return Step.CLOSED
+            self._in_hand = memoryview(data)
+
+    def type_inlet(self) -> bool:
+        """Move input until the inlet is empty or the terminal full; tell whether some is left."""
+        try:
+            while True:
+                if not self._to_type:
+                    self._to_type = memoryview(os.read(self.handles.inlet_read, TERMINAL_CHUNK))
+                typed = os.write(self.handles.terminal, self._to_type)
+                self._to_type = self._to_type[typed:]
+        except BlockingIOError:
+            return bool(self._to_type)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return bool(self._to_type)
+            raise
+
+
+PUMPS: dict[str, type[Pump]] = {Pump.mode: Pump, CopyingPump.mode: CopyingPump}
+
+
+def _waiting(pipe: int) -> bool:
+    return bool(select.select([pipe], [], [], 0)[0]) if pipe < 1024 else _poll(pipe)
+
+
+def _poll(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Owner(Protocol):
+    """Whoever holds a process while it is pumped; called from the loop."""
+
+    pump: Pump
+
+    def output_moved(self) -> None:
+        """The transcript has grown, or the pump refused to grow it (`pump.refusal`)."""
+
+    def terminal_closed(self) -> None:
+        """End of file on the terminal, for now: a child that lives may open it again."""
+
+    def terminal_dry(self) -> None:
+        """Everything printed so far is in the transcript."""
+
+    def process_exited(self) -> None:
+        """The pidfd says that the process has ended."""
+
+
+_READ = select.EPOLLIN | select.EPOLLET
+_WRITE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+
+
+class Pumps:
+    """All pumps of this process, driven by one edge-triggered epoll that the loop watches.
+
+    An idle set costs no wake-up at all.  Not thread-safe: the loop's thread only.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._busy: dict[Owner, None] = {}
+        self._typing: set[Owner] = set()
+        self._scheduled = False
+        loop.add_reader(self._epoll.fileno(), self._ready)
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    def add(self, owner: Owner) -> None:
+        """Start to pump for `owner`, which holds the lease."""
+        handles = owner.pump.handles
+        if handles.terminal >= 0:
+            self._watch(handles.terminal, lambda: self._terminal_ready(owner))
+        if handles.inlet_read >= 0 and handles.terminal >= 0:
+            self._watch(handles.inlet_read, lambda: self._input_ready(owner))
+        if handles.pidfd >= 0:
+            self._watch(handles.pidfd, owner.process_exited)
+
+    def remove(self, owner: Owner) -> None:
+        """Stop pumping for `owner`; must come before its descriptors are closed.
+
+        A closed number whose file lives on in another process would stay registered, for somebody else.
+        """
+        handles = owner.pump.handles
+        for fd in (handles.terminal, handles.inlet_read, handles.pidfd):
+            self._unwatch(fd)
+        self._forget(owner)
+
+    def kick(self, owner: Owner) -> None:
+        """Try `owner`'s terminal again soon, whatever epoll says."""
+        self._busy[owner] = None
+        self._schedule()
+
+    def unwatch_terminal(self, owner: Owner) -> None:
+        """Forget a terminal that will never yield anything again."""
+        self._unwatch(owner.pump.handles.terminal)
+        self._unwatch(owner.pump.handles.inlet_read)
+        self._forget(owner)
+
+    def close(self) -> None:
+        """Stop all pumping."""
+        self._loop.remove_reader(self._epoll.fileno())
+        self._watched.clear()
+        self._busy.clear()
+        self._typing.clear()
+        self._epoll.close()
+
+    def _watch(self, fd: int, ready: Callable[[], None]) -> None:
+        self._epoll.register(fd, _READ)
+        self._watched[fd] = ready
+
+    def _unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._ready)
+
+    def _ready(self) -> None:
+        self._scheduled = False
+        watched, poll, clock = self._watched, self._epoll.poll, time.monotonic
+        until = clock() + SLICE
+        events = poll(0, 256)
+        while True:
+            for fd, _ in events:
+                if ready := watched.get(fd):  # an earlier one may have removed it
+                    ready()
+            moved = self._turns()
+            if clock() >= until:
+                break
+            events = poll(0 if self._busy else LINGER, 256) if moved or events else []
+            if not events and not self._busy:
+                break
+        if self._busy:
+            self._schedule()
+
+    def _turns(self) -> bool:
+        """Give each busy pump one turn; tell whether any moved something."""
+        moved = False
+        for owner in list(self._busy):
+            if owner not in self._busy:
+                continue
+            pump = owner.pump
+            before = pump.written
+            step = pump.drain()
+            if step is not Step.MORE:
+                self._busy.pop(owner, None)
+            if pump.written != before or step is Step.FULL:
+                moved = moved or pump.written != before
+                pump.transcript.trim(pump.written)
+                owner.output_moved()
+            if step is Step.FULL:
+                self._loop.call_later(FULL_RETRY, self._retry, owner)
+            elif step is Step.CLOSED:
+                owner.terminal_closed()
+            elif step is Step.DRY:
+                owner.terminal_dry()
+        return moved
+
+    def _retry(self, owner: Owner) -> None:
+        if owner.pump.handles.terminal in self._watched:
+            self.kick(owner)
+
+    def _terminal_ready(self, owner: Owner) -> None:
+        self._busy[owner] = None
+        if owner in self._typing:
+            self._input_ready(owner)
+
+    def _input_ready(self, owner: Owner) -> None:
+        terminal = owner.pump.handles.terminal
+        if terminal not in self._watched:
+            return
+        left = owner.pump.type_inlet()
+        if left != (owner in self._typing):
+            # Room is worth a wake-up only while something waits for it.
+            self._epoll.modify(terminal, _WRITE if left else _READ)
+            (self._typing.add if left else self._typing.discard)(owner)
+
+    def _forget(self, owner: Owner) -> None:
+        self._busy.pop(owner, None)
+        self._typing.discard(owner)

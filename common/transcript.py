@@ -1,0 +1,471 @@
+"""A transcript: a memfd that holds a header and then everything one process printed, by offset, for ever.
+
+Byte *n* of the stream lies at *base* + *n*; `st_size` − *base* bytes were written.  What is not kept is punched
+out; what was punched out is recorded first, so that a reader reports a gap and never zeros.  The header makes
+a transcript self-describing: whoever finds nothing but descriptors knows all it needs.
+
+    offset  size  field           written by
+         0     8  magic           creator       b"OUTLIVE\\0"
+         8     2  version         creator       1
+        12     4  base            creator       where the stream starts: whole pages
+        16     4  static length   creator       of the msgpack map at 512
+        64     4  pid             child         before it executes its program
+        68     4  started         child         1 once pid is valid: the mark that it ran
+        72     8  lease start     lease holder  start time of the holder, clock ticks since boot
+        80     4  lease pid       lease holder
+        84     4  lease epoch     lease holder  of the thread; 0 for the broker
+        88     4  lease valid     lease holder  0: released
+        96     8  delivered       lease holder  bytes of the stream that the agent has had
+       104    32  holes           lease holder  from, to, from, to: offsets of the stream
+       136     8  typed           lease holder  bytes accepted as input
+       144     8  typing          lease holder  what `typed` will be after the write under way, if it is all taken
+       152     4  ended by        who ended it  index into `outcome.BYS`, plus one
+       160     4  kind            who knows     index into `outcome.KINDS`
+       164     4  value           who knows     code or signal
+       168     8  ended at        who knows     nanoseconds since 1970
+       176     4  outcome valid   who knows     1 once the three above are true
+       184   128  reason          who knows     UTF-8, zero-padded, for `lost`
+       512     …  static          creator       msgpack map, see `Facts`
+
+All numbers are little-endian; a value is written first, its valid flag after.
+
+Always true
+    The file position, shared by all copies of the descriptor, is where the next byte goes: nobody may lseek,
+    read, write or set O_APPEND here.  `pread`, `pwrite` to the header, and the pump only.
+    A reader preads first and reads the holes after.
+    Values of a header are checked, never trusted: any holder could have written them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from . import kernel
+from .errors import PeerError
+from .outcome import BYS, KINDS, By, Outcome
+
+MAGIC = b"OUTLIVE\0"
+VERSION = 1
+PAGE = 4096
+_STATIC_AT = 512
+# 2 MiB of argv and environment is what Linux accepts for one program; a static part beyond it is no header.
+_STATIC_MAX = 2 << 20
+
+_PREFIX = struct.Struct("<8sHHII")
+_STARTED = struct.Struct("<II")
+_LEASE = struct.Struct("<QIII")
+_U64 = struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+_TYPED = struct.Struct("<QQ")
+_HOLES = struct.Struct("<QQQQ")
+_OUTCOME = struct.Struct("<IiQI")
+_LIVE = struct.Struct("<II QIII4x Q QQQQ QQ I4x IiQI4x 128s")
+_PID_AT, _LEASE_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT, _BY_AT, _OUTCOME_AT, _REASON_AT = (
+    64,
+    72,
+    96,
+    104,
+    136,
+    152,
+    160,
+    184,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a transcript keeps, in bytes.
+
+    The defaults are the base's (OpenAI Codex keeps 1 MiB, half of it the head), plus a window for an agent
+    that has not read yet.  `slack`: how far the tail may grow before it is trimmed, so that a flood is not
+    one system call a page.
+    """
+
+    head: int = 512 << 10
+    tail: int = 512 << 10
+    unread: int = 256 << 10
+    slack: int = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The static part of a header: what never changes about a process."""
+
+    thread_id: str
+    process_id: str
+    call_id: str
+    mark: str
+    argv: tuple[bytes, ...]
+    cwd: bytes
+    tty: bool
+    columns: int
+    rows: int
+    started_at_ns: int
+    boot_id: str
+    limits: Limits = Limits()
+
+    def to_bytes(self) -> bytes:
+        """Return the msgpack map that stands in a header."""
+        limits = self.limits
+        raw: bytes = msgpack.packb(
+            {
+                "thread": self.thread_id,
+                "process": self.process_id,
+                "call": self.call_id,
+                "mark": self.mark,
+                "argv": list(self.argv),
+                "cwd": self.cwd,
+                "tty": self.tty,
+                "size": [self.columns, self.rows],
+                "started_at": self.started_at_ns,
+                "boot": self.boot_id,
+                "limits": [limits.head, limits.tail, limits.unread, limits.slack],
+            }
+        )
+        return raw
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Facts:
+        """Understand the static part of a header; raises `PeerError` naming what is wrong with it."""
+        try:
+            table = msgpack.unpackb(raw, strict_map_key=True)
+            columns, rows = table["size"]
+            facts = cls(
+                table["thread"],
+                table["process"],
+                table["call"],
+                table["mark"],
+                tuple(table["argv"]),
+                table["cwd"],
+                table["tty"],
+                columns,
+                rows,
+                table["started_at"],
+                table["boot"],
+                Limits(*table["limits"]),
+            )
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
+            raise PeerError(f"transcript header: its static part is damaged ({error!r})") from None
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        limits = self.limits
+        texts: tuple[Any, ...] = (self.thread_id, self.process_id, self.call_id, self.mark, self.boot_id)
+        raws: tuple[Any, ...] = (*self.argv, self.cwd)
+        numbers: tuple[Any, ...] = (self.columns, self.rows, self.started_at_ns, limits.head, limits.tail)
+        sizes: tuple[Any, ...] = (limits.unread, limits.slack - PAGE)
+        sound = (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(raw, bytes) for raw in raws)
+            and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers + sizes)
+            and self.process_id.isascii()
+            and self.process_id.isdecimal()
+            and self.tty in (True, False)
+        )
+        if not sound:
+            raise PeerError(f"transcript header: a field has a wrong type or value in {self!r:.500}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who pumps: a process, named by pid and start time, and the epoch of its thread (0: the broker)."""
+
+    pid: int
+    start_time: int
+    epoch: int
+
+    @classmethod
+    def mine(cls, epoch: int) -> Lease:
+        """Return the lease of the calling process."""
+        pid = os.getpid()
+        return cls(pid, kernel.start_time(pid) or 0, epoch)
+
+    def holder_is_dead(self) -> bool:
+        """Tell whether the kernel proves that the holder is gone; stopped or silent is not gone."""
+        return kernel.is_dead(self.pid, self.start_time)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Bytes `start` to `end` (exclusive) of the stream that were printed and are not kept."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The live part of a header at one moment."""
+
+    pid: int
+    started: bool
+    lease: Lease | None
+    delivered: int
+    holes: tuple[Gap, ...]
+    typed: int
+    typing: int
+    by: By | None
+    outcome: Outcome | None
+    ended_at_ns: int
+
+
+class Transcript:
+    """One transcript, by its descriptor, which it borrows: the `Handles` of the process own it."""
+
+    __slots__ = ("_trimmed_at", "base", "facts", "fd")
+
+    def __init__(self, fd: int) -> None:
+        """Read the header behind `fd`; raises `PeerError` when it is none of ours."""
+        if not kernel.is_sealed_memfd(fd):
+            raise PeerError("transcript: the descriptor is not a memfd sealed against shrinking")
+        prefix = os.pread(fd, _PREFIX.size + 4, 0)
+        if len(prefix) < _PREFIX.size:
+            raise PeerError("transcript header: too short")
+        magic, version, _, base, static_length = _PREFIX.unpack_from(prefix)
+        if magic != MAGIC:
+            raise PeerError(f"transcript header: magic is {magic!r}, not {MAGIC!r}")
+        if version != VERSION:
+            raise PeerError(f"transcript header: version {version}; this code knows {VERSION}")
+        if static_length > _STATIC_MAX or base != _base_for(static_length):
+            raise PeerError(f"transcript header: base {base} does not fit a static part of {static_length}")
+        self.fd = fd
+        self.base: int = base
+        self.facts = Facts.from_bytes(os.pread(fd, static_length, _STATIC_AT))
+        self._trimmed_at = 0
+
+    @staticmethod
+    def create(facts: Facts, lease: Lease) -> int:
+        """Return the descriptor of a new, empty transcript in state `starting`, leased to `lease`."""
+        static = facts.to_bytes()
+        if len(static) > _STATIC_MAX:
+            raise ValueError(f"command line and directory take {len(static)} bytes; at most {_STATIC_MAX}")
+        base = _base_for(len(static))
+        fd = kernel.memfd(f"outlive-{facts.process_id}")
+        try:
+            os.ftruncate(fd, base)
+            os.pwrite(fd, static, _STATIC_AT)
+            os.pwrite(fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
+            os.pwrite(fd, _PREFIX.pack(MAGIC, VERSION, 0, base, len(static)), 0)
+            # The one seek in a transcript's life, before anybody else has a copy.
+            os.lseek(fd, base, os.SEEK_SET)
+            kernel.seal(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    # What was written.
+
+    @property
+    def written(self) -> int:
+        """Bytes that the process has printed so far."""
+        return max(0, os.fstat(self.fd).st_size - self.base)
+
+    def read(self, start: int, end: int) -> Iterator[tuple[int, bytes] | Gap]:
+        """Yield what is kept of `[start, end)` in order: (offset, bytes) pieces, and a `Gap` for each hole.
+
+        `end` is cut to what was written.  Never yields a byte of a hole: the holes are read after the bytes.
+        """
+        end = min(end, self.written)
+        if start >= end:
+            return
+        # A hole known beforehand need not be read, which keeps the cost of a long stream that of what is kept.
+        pieces = [
+            (at, os.pread(self.fd, until - at, self.base + at))
+            for at, until in _without(start, end, self.live().holes)
+        ]
+        yield from _with_gaps(start, end, pieces, self.live().holes)
+
+    # The live part.
+
+    def live(self) -> Live:
+        """Return the live part as it stands; values out of range are refused with `PeerError`."""
+        raw = os.pread(self.fd, _LIVE.size, _PID_AT)
+        (
+            pid,
+            started,
+            lease_start,
+            lease_pid,
+            lease_epoch,
+            lease_valid,
+            delivered,
+            a_from,
+            a_to,
+            b_from,
+            b_to,
+            typed,
+            typing,
+            by,
+            kind,
+            value,
+            ended_at,
+            ended,
+            reason,
+        ) = _LIVE.unpack(raw)
+        if by > len(BYS) or (ended and kind >= len(KINDS)) or a_to < a_from or b_to < b_from:
+            raise PeerError("transcript header: its live part is damaged")
+        ended_by = BYS[by - 1] if by else None
+        outcome = None
+        if ended:
+            outcome = _outcome(kind, value, reason, ended_by)
+        return Live(
+            pid,
+            bool(started),
+            Lease(lease_pid, lease_start, lease_epoch) if lease_valid else None,
+            delivered,
+            tuple(Gap(start, end) for start, end in ((a_from, a_to), (b_from, b_to)) if end > start),
+            typed,
+            typing,
+            ended_by,
+            outcome,
+            ended_at,
+        )
+
+    def mark_started(self, pid: int) -> None:
+        """Record, in the child and before it executes its program, that it runs as `pid`."""
+        os.pwrite(self.fd, _U32.pack(pid), _PID_AT)
+        os.pwrite(self.fd, _U32.pack(1), _PID_AT + 4)
+
+    def take_lease(self, lease: Lease) -> None:
+        """Become the pumper.  Only after the former holder said that it stopped, or is proved dead."""
+        os.pwrite(self.fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
+
+    def release_lease(self) -> None:
+        """Say that we have stopped pumping."""
+        os.pwrite(self.fd, _U32.pack(0), _LEASE_AT + 16)
+
+    def deliver(self, offset: int) -> None:
+        """Record that the agent has had everything before `offset`."""
+        os.pwrite(self.fd, _U64.pack(offset), _DELIVERED_AT)
+
+    def count_typed(self, total: int, typing: int | None = None) -> None:
+        """Record how many bytes of input were accepted so far, and how many will be if a write takes all.
+
+        Said before and after each write: while both numbers are the same, they are the truth.
+        """
+        os.pwrite(self.fd, _TYPED.pack(total, total if typing is None else typing), _TYPED_AT)
+
+    def record_by(self, by: By) -> None:
+        """Record who is about to end the process; the first to say so counts."""
+        if self.live().by is None:
+            os.pwrite(self.fd, _U32.pack(BYS.index(by) + 1), _BY_AT)
+
+    def record_outcome(self, outcome: Outcome) -> None:
+        """Record how the process ended; once known it is not overwritten."""
+        if self.live().outcome is not None:
+            return
+        value = outcome.code if outcome.kind == "exited" else outcome.signal
+        reason = (outcome.reason or "").encode()[:127]
+        if outcome.by:
+            self.record_by(outcome.by)
+        os.pwrite(self.fd, reason.ljust(128, b"\0"), _REASON_AT)
+        fields = KINDS.index(outcome.kind), value or 0, time.time_ns()
+        os.pwrite(self.fd, _OUTCOME.pack(*fields, 0), _OUTCOME_AT)
+        os.pwrite(self.fd, _OUTCOME.pack(*fields, 1), _OUTCOME_AT)
+
+    # What is kept.
+
+    def trim(self, written: int, *, exact: bool = False) -> None:
+        """Punch out what need not be kept of `written` bytes, in steps of the slack; `exact`: to the byte.
+
+        Records the holes first.  Two of them at most: what lies between head and what was delivered, and
+        what lies between the unread window and the tail.
+        """
+        limits = self.facts.limits
+        if not exact and written - self._trimmed_at < limits.slack:
+            return
+        self._trimmed_at = written
+        if written <= limits.head + limits.tail:
+            return
+        live = self.live()
+        for start, end in self._widen(live.holes, wanted_holes(limits, written, live.delivered)):
+            first, last = _whole_pages(self.base + start, self.base + end)
+            if last > first:
+                kernel.punch_hole(self.fd, first, last - first)
+
+    def _widen(self, old: tuple[Gap, ...], wanted: list[Gap]) -> list[tuple[int, int]]:
+        """Record the union of old and wanted holes; return the parts that are new."""
+        union = _merge([*old, *wanted])
+        if len(union) > 2:  # cannot be for holes that this code made; keep rather than lose
+            return []
+        if tuple(union) == old:
+            return []
+        flat = [bound for gap in union for bound in (gap.start, gap.end)] + [0] * 4
+        os.pwrite(self.fd, _HOLES.pack(*flat[:4]), _HOLES_AT)
+        # A page more on either side, inside the hole: the page that an older hole ended in can go only now.
+        return [
+            (max(gap.start, start - PAGE), min(gap.end, end + PAGE))
+            for gap in union
+            for start, end in _without(gap.start, gap.end, old)
+        ]
+
+
+def _base_for(static_length: int) -> int:
+    return -(-(_STATIC_AT + static_length) // PAGE) * PAGE
+
+
+def wanted_holes(limits: Limits, written: int, delivered: int) -> list[Gap]:
+    """Return what of `written` bytes need not be kept when `delivered` of them have been read."""
+    tail_from = written - limits.tail
+    holes = [
+        Gap(limits.head, min(delivered, tail_from)),
+        Gap(max(limits.head, delivered + limits.unread), tail_from),
+    ]
+    return [gap for gap in holes if gap.end > gap.start]
+
+
+def _merge(gaps: list[Gap]) -> list[Gap]:
+    merged: list[Gap] = []
+    for gap in sorted(gaps, key=lambda gap: gap.start):
+        if merged and gap.start <= merged[-1].end:
+            merged[-1] = Gap(merged[-1].start, max(merged[-1].end, gap.end))
+        else:
+            merged.append(gap)
+    return merged
+
+
+def _without(start: int, end: int, holes: tuple[Gap, ...]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of `[start, end)` outside `holes`, which are sorted and apart."""
+    at = start
+    for hole in holes:
+        if hole.end <= at or hole.start >= end:
+            continue
+        if hole.start > at:
+            yield at, hole.start
+        at = hole.end
+    if at < end:
+        yield at, end
+
+
+def _with_gaps(
+    start: int, end: int, pieces: list[tuple[int, bytes]], holes: tuple[Gap, ...]
+) -> Iterator[tuple[int, bytes] | Gap]:
+    at = start
+    for offset, data in pieces:
+        for kept_from, kept_to in _without(offset, offset + len(data), holes):
+            if kept_from > at:
+                yield Gap(at, kept_from)
+            yield kept_from, data[kept_from - offset : kept_to - offset]
+            at = kept_to
+    if at < end:
+        yield Gap(at, end)
+
+
+def _whole_pages(start: int, end: int) -> tuple[int, int]:
+    return -(-start // PAGE) * PAGE, end // PAGE * PAGE
+
+
+def _outcome(kind: int, value: int, reason: bytes, by: By | None) -> Outcome:
+    if KINDS[kind] == "exited":
+        return Outcome("exited", code=value, by=by)
+    if KINDS[kind] == "signaled":
+        return Outcome("signaled", signal=value, by=by)
+    return Outcome.lost(reason.rstrip(b"\0").decode("utf-8", "replace"), by)

@@ -1,0 +1,10 @@
+"""Everything a person runs.
+
+    cli      `outlive`, the command line.
+    demo     the main job on real input, told as a story; checks each of its claims.
+    chaos    random deaths under flood; prints what was lost, which must be nothing.
+    bench    speed and memory, as ratios against baselines measured in the same run.
+
+The files without an ending set everything up and then run the module of the same name; `setup`, `test` and
+`check` are for developers.
+"""

@@ -1,0 +1,14 @@
+"""The worker: the process that runs one thread session, and may die at any moment.
+
+Read in this order; a module imports only from those above it, and from `common`.
+    pruning      which process makes room for a new one.  Decides; does nothing.
+    watchers     output as deltas, an end as one event.  Decides what to say; `link` says it.
+    spawner      a small program beside the worker: it forks, deposits, and records how children ended.
+    nursery      the worker's end of it: one start, from request to handles.
+    processes    the `ProcessManager`: exec_command, write_stdin, export, import.
+    link         the connection to the broker: handshake, registration, reconnecting for ever.
+    session      requests in, replies and notices out.
+    __main__     options, logging.
+
+The agent's own code will run in `session`, in the same process: nothing here may block the loop.
+"""

@@ -1,0 +1,489 @@
+"""The `ProcessManager`: a thread's processes while its worker is awake.
+
+`exec_command` and `write_stdin` are the two tools as models know them; export and import are the two halves of a
+handoff.  Every process is a `Held` (pumped here) with a `Watch` (what is told about it).
+
+Always true
+    A call id starts at most one process, also when the call comes again while the first is under way.
+    An id that was ever used in this thread is not given out again.
+    A process leaves the manager by exactly one of: collected, exported, ended by us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..common import kernel, launch, tree
+from ..common.config import Config
+from ..common.descriptors import ROLES, Handles
+from ..common.errors import BadRequest, HandoffError, LimitReached, PeerError, SpawnError, UnknownProcess
+from ..common.held import Held, exec_yield, write_yield
+from ..common.messages import (
+    Begin,
+    Body,
+    Closed,
+    Collected,
+    ExecCommand,
+    Output,
+    ReadOutput,
+    WriteStdin,
+)
+from ..common.outcome import By
+from ..common.pump import Pump, Pumps
+from ..common.response import Response
+from ..common.transcript import Facts, Lease
+from . import pruning
+from .nursery import Nursery, Order
+from .watchers import Watch
+
+# What children get unless the call sets it: programs should print for a reader that is no terminal.
+PLAIN_ENVIRONMENT: dict[bytes, bytes] = {
+    b"NO_COLOR": b"1",
+    b"TERM": b"dumb",
+    b"LANG": b"C.UTF-8",
+    b"LC_CTYPE": b"C.UTF-8",
+    b"LC_ALL": b"C.UTF-8",
+    b"COLORTERM": b"",
+    b"PAGER": b"cat",
+    b"GIT_PAGER": b"cat",
+    b"GH_PAGER": b"cat",
+}
+# Descriptors kept free: libzmq aborts the process when it meets EMFILE.
+RESERVE = 64
+# The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
+RANDOM_IDS = range(1000, 100_000)
+
+
+@dataclass(slots=True)
+class Managed:
+    """A process of this manager: held, watched, and talked to by so many calls."""
+
+    held: Held
+    watch: Watch
+
+
+class ProcessManager:
+    """The processes of one thread session.  `send` tells the broker; it never blocks."""
+
+    def __init__(
+        self,
+        thread_id: str,
+        epoch: int,
+        nursery: Nursery,
+        pumps: Pumps,
+        pump: type[Pump],
+        send: Callable[[Body], None],
+        config: Config,
+    ) -> None:
+        self.thread_id = thread_id
+        self.used: set[str] = set()
+        self._lease = Lease.mine(epoch)
+        self._nursery = nursery
+        self._pumps = pumps
+        self._pump = pump
+        self._send = send
+        self._config = config
+        self._random = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
+        self._processes: dict[str, Managed] = {}
+        self._going: dict[str, Managed] = {}
+        self._starts: dict[str, asyncio.Future[str]] = {}
+        self._calls: dict[str, str] = {}
+        self._talking: Counter[str] = Counter()
+        self._answered: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deltas = False
+
+    @property
+    def process_ids(self) -> list[str]:
+        """The processes held here, sorted as strings."""
+        return sorted(self._processes)
+
+    def held(self, process_id: str) -> Held:
+        """Return one process; raises `UnknownProcess`."""
+        return self._managed(process_id).held
+
+    # The two tools.
+
+    async def exec_command(self, call: ExecCommand) -> Response:
+        """Start a command and return what it printed until its end or for `yield_time_ms`.
+
+        The same `call_id` again returns the same process, with its output from the beginning.
+        Raises `SpawnError` when the program never ran, `BadRequest` for a command that cannot be one,
+        `LimitReached` where a limit forbids another process.
+        """
+        started = time.monotonic()
+        warnings: list[str] = []
+        known = self._calls.get(call.call_id)
+        under_way = self._starts.get(call.call_id)
+        again = known is not None or under_way is not None
+        if known is not None:
+            process_id = known
+        elif under_way is not None:
+            process_id = await asyncio.shield(under_way)
+        else:
+            process_id = await self._start_once(call, warnings)
+        managed = self._managed(process_id)
+        self._talking[process_id] += 1
+        try:
+            deadline = started + exec_yield(call.yield_time_ms)
+            await managed.held.until_ended(deadline)
+            response = managed.held.answer(
+                started, call.max_output_tokens, since=0 if again else None, warnings=warnings
+            )
+        finally:
+            self._talked(process_id)
+        self._answered.add(process_id)
+        return response
+
+    async def write_stdin(self, call: WriteStdin) -> Response:
+        """Type into a process, or poll it, and return what it printed since the last call.
+
+        Raises `UnknownProcess` for an id that is not here, `StdinClosed` without a terminal.
+        """
+        managed = self._managed(call.process_id)
+        self._talking[call.process_id] += 1
+        try:
+            response = await managed.held.converse(
+                call.chars, write_yield(call.yield_time_ms, call.chars), call.max_output_tokens, call.since
+            )
+        finally:
+            self._talked(call.process_id)
+        self._answered.add(call.process_id)
+        return response
+
+    async def read_output(self, call: ReadOutput) -> Output:
+        """Return a piece of a transcript without delivering it; waits up to `wait_ms` for more."""
+        held = self._managed(call.process_id).held
+        self._talking[call.process_id] += 1
+        try:
+            await held.until_output(call.offset, time.monotonic() + call.wait_ms / 1000)
+            return held.piece(call.offset, call.limit)
+        finally:
+            self._talked(call.process_id)
+
+    def settle(self) -> None:
+        """Drop the processes whose end and all output were in answers that have been sent."""
+        for process_id in self._answered:
+            managed = self._processes.get(process_id)
+            if managed is None or not managed.held.ended or self._talking[process_id]:
+                continue
+            if managed.held.transcript.live().delivered >= managed.held.pump.written:
+                self._drop(managed)
+        self._answered.clear()
+
+    # Handoff.
+
+    async def export_processes(self) -> list[str]:
+        """Stop pumping everything and return the ids, now the broker's; calls under way answer first.
+
+        Their ids are unknown here afterwards, their streams have stopped.
+        """
+        while self._starts:
+            await asyncio.wait(list(self._starts.values()))
+        for task in self._tasks:
+            task.cancel()
+        managed = [*self._processes.values(), *self._going.values()]
+        exported = sorted(one.held.process_id for one in managed)
+        self._processes.clear()
+        self._going.clear()
+        for one in managed:
+            one.watch.output(one.held.pump.written)
+            one.watch.abort()
+            one.held.hurry()
+        # Whoever was hurried still reads from these handles.
+        while any(self._talking[process_id] for process_id in exported):
+            await asyncio.sleep(0)
+        for one in managed:
+            one.held.release().close()
+        self._calls.clear()
+        return exported
+
+    def import_processes(
+        self, parcel: dict[tuple[str, str], Handles], streams: dict[str, tuple[int, int]] | None = None
+    ) -> list[str]:
+        """Take processes over and pump them; return the ids that were refused, their handles closed.
+
+        On a collision the attached process wins, and the detached one stays the broker's.
+        """
+        refused = []
+        for (thread_id, process_id), handles in parcel.items():
+            if thread_id != self.thread_id or process_id in self._processes:
+                handles.close()
+                refused.append(process_id)
+                continue
+            try:
+                held = self._hold(handles)
+                if held.key != (thread_id, process_id):
+                    raise PeerError(f"parcel calls {held.key} {(thread_id, process_id)}")
+                seq, offset = (streams or {}).get(process_id, (0, None))
+                self._adopt(held, seq, offset)
+            except (HandoffError, PeerError, OSError):
+                handles.close()
+                refused.append(process_id)
+        return refused
+
+    # Ending.
+
+    async def terminate_all_processes(self, by: By = "shutdown") -> list[str]:
+        """End every process and its tree, without end events; return their ids."""
+        while self._starts:
+            await asyncio.wait(list(self._starts.values()))
+        ids = self.process_ids
+        ends = [self._end(process_id, by) for process_id in ids]
+        if ends:
+            await asyncio.wait(ends)
+        return ids
+
+    def forget(self, process_ids: list[str]) -> None:
+        """Drop processes that the broker has dealt with."""
+        for process_id in process_ids:
+            if managed := self._processes.pop(process_id, None):
+                managed.watch.abort()
+                self._let_go(managed)
+
+    def want_deltas(self, wanted: bool) -> None:
+        """Send output deltas from here on, or stop."""
+        self._deltas = wanted
+        for managed in self._processes.values():
+            if not wanted:
+                managed.watch.offset = None
+            elif managed.watch.offset is None:
+                managed.watch.offset = managed.held.pump.written
+
+    def ended_here(self) -> list[Managed]:
+        """The ended processes that nobody has collected: a new broker must hear of them again."""
+        return [managed for managed in self._processes.values() if managed.held.ended]
+
+    def deposits(self) -> dict[tuple[str, str], dict[str, int]]:
+        """Return all descriptors, on loan, for a broker that has none of them."""
+        held = [managed.held for managed in (*self._processes.values(), *self._going.values())]
+        return {one.key: one.handles.held() for one in held}
+
+    def close(self) -> None:
+        """Let everything go; the broker has its own copies."""
+        for task in self._tasks:
+            task.cancel()
+        for managed in (*self._processes.values(), *self._going.values()):
+            managed.watch.abort()
+            managed.held.release().close()
+        self._processes.clear()
+        self._going.clear()
+
+    # Starting.
+
+    async def _start_once(self, call: ExecCommand, warnings: list[str]) -> str:
+        process_id = self._new_id()
+        start: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        start.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._starts[call.call_id] = start
+        try:
+            order = self._order(call, process_id)
+            self._make_room(warnings)
+            handles = await self._nursery.start(order)
+            try:
+                self._adopt(self._hold(handles), 0, 0 if self._deltas else None, call_id=call.call_id)
+            except BaseException:
+                handles.close()
+                raise
+        except BaseException as error:
+            start.set_exception(error if isinstance(error, Exception) else SpawnError("the worker is ending"))
+            raise
+        else:
+            start.set_result(process_id)
+        finally:
+            del self._starts[call.call_id]
+        self._warn(warnings)
+        return process_id
+
+    def _order(self, call: ExecCommand, process_id: str) -> Order:
+        mark = secrets.token_hex(16)
+        argv = command_line(call)
+        environment = {
+            name: value for name, value in call.environment.items() if name not in (launch.ROLE, launch.LIMITS)
+        }
+        environment |= PLAIN_ENVIRONMENT | call.overrides
+        environment |= {
+            launch.THREAD: self.thread_id.encode(),
+            launch.PROCESS: process_id.encode(),
+            launch.MARK: mark.encode(),
+        }
+        facts = Facts(
+            thread_id=self.thread_id,
+            process_id=process_id,
+            call_id=call.call_id,
+            mark=mark,
+            argv=tuple(argv),
+            cwd=call.workdir,
+            tty=call.tty,
+            columns=call.columns,
+            rows=call.rows,
+            started_at_ns=time.time_ns(),
+            boot_id=kernel.boot_id(),
+        )
+        return Order(facts, environment, self._lease)
+
+    def _new_id(self) -> str:
+        free = len(RANDOM_IDS) - len(self.used)
+        if free > len(RANDOM_IDS) // 10:  # else most tries would meet a used one
+            while (candidate := str(self._random.choice(RANDOM_IDS))) in self.used:
+                pass
+        else:
+            left = [str(number) for number in RANDOM_IDS if str(number) not in self.used]
+            highest = max((int(used) for used in self.used), default=0)
+            candidate = self._random.choice(left) if left else str(max(highest + 1, RANDOM_IDS.stop))
+        self.used.add(candidate)
+        return candidate
+
+    def _make_room(self, warnings: list[str]) -> None:
+        limit = self._config.max_processes
+        room = (launch.descriptor_limit() - RESERVE) // len(ROLES)
+        if len(self._processes) + len(self._going) + len(self._starts) > room:
+            raise LimitReached(
+                f"thread {self.thread_id}: {len(self._processes)} processes leave no descriptors for another "
+                f"(limit {launch.descriptor_limit()}); end some, or raise the limit on open files"
+            )
+        while len(self._processes) + len(self._starts) > limit:
+            spare_live = self._config.when_full == "refuse"
+            victim = pruning.choose(
+                (
+                    pruning.Candidate(process_id, managed.held.last_used, managed.held.ended)
+                    for process_id, managed in self._processes.items()
+                    if not self._talking[process_id] or managed.held.ended
+                ),
+                spare_live=spare_live,
+            )
+            if victim is None:
+                raise LimitReached(
+                    f"thread {self.thread_id}: it holds {len(self._processes)} processes, max_processes is "
+                    f"{limit}, and none may be ended to make room; end one, or raise max_processes"
+                )
+            managed = self._processes[victim]
+            if managed.held.ended:
+                self._drop(managed)
+            else:
+                self._end(victim, "pruned")
+                warnings.append(f"process {victim} was ended to make room: this thread may hold {limit} processes")
+
+    def _warn(self, warnings: list[str]) -> None:
+        count = len(self._processes)
+        if count >= self._config.warn_at:
+            warnings.append(
+                f"{count} processes are open; at {self._config.max_processes} the least recently used are "
+                "ended: reuse or end some"
+            )
+
+    # Holding.
+
+    def _managed(self, process_id: str) -> Managed:
+        managed = self._processes.get(process_id)
+        if managed is None:
+            raise UnknownProcess(f"process {process_id} is not known in thread {self.thread_id}; see `outlive ps`")
+        return managed
+
+    def _hold(self, handles: Handles) -> Held:
+        return Held(
+            handles,
+            self._pumps,
+            self._pump,
+            on_ended=self._ended,
+            on_output=self._output,
+            on_closed=lambda held: self._send(Closed(process_id=held.process_id)),
+        )
+
+    def _adopt(self, held: Held, seq: int, offset: int | None, call_id: str | None = None) -> None:
+        facts = held.transcript.facts
+        if self._deltas and offset is None:
+            offset = held.pump.written
+        managed = Managed(held, Watch(held.transcript, self._send, seq=seq, offset=offset))
+        self.used.add(held.process_id)
+        self._processes[held.process_id] = managed
+        self._calls[facts.call_id] = held.process_id
+        if call_id is not None:
+            pid = held.transcript.live().pid
+            self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))
+        try:
+            held.begin(self._lease)
+        except BaseException:
+            del self._processes[held.process_id]
+            self._calls.pop(facts.call_id, None)
+            raise
+
+    def _output(self, held: Held) -> None:
+        if self._deltas and (managed := self._processes.get(held.process_id)):
+            managed.watch.output(held.pump.written)
+
+    def _ended(self, held: Held) -> None:
+        managed = self._processes.get(held.process_id) or self._going.get(held.process_id)
+        if managed:
+            managed.watch.ended(held.pump.written)
+
+    def _talked(self, process_id: str) -> None:
+        self._talking[process_id] -= 1
+        if not self._talking[process_id]:
+            del self._talking[process_id]
+
+    def _drop(self, managed: Managed) -> None:
+        process_id = managed.held.process_id
+        self._processes.pop(process_id, None)
+        self._going.pop(process_id, None)
+        self._send(Collected(process_id=process_id))
+        self._let_go(managed)
+
+    def _let_go(self, managed: Managed) -> None:
+        self._calls.pop(managed.held.transcript.facts.call_id, None)
+        managed.held.release().close()
+
+    def _end(self, process_id: str, by: By) -> asyncio.Task[None]:
+        """Take a process out and end its tree; its end is reported to the broker, and to nobody else."""
+        managed = self._processes.pop(process_id)
+        self._going[process_id] = managed
+        managed.watch.abort()
+        managed.held.hurry()
+        managed.held.transcript.record_by(by)
+        task = asyncio.get_running_loop().create_task(self._see_off(managed))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _see_off(self, managed: Managed) -> None:
+        held = managed.held
+        start = tree.root(held.transcript.facts.mark, held.handles.pidfd)
+        await asyncio.to_thread(tree.end, start)
+        while not await held.until_ended():
+            await asyncio.sleep(0.01)
+        while self._talking[held.process_id]:
+            await asyncio.sleep(0)
+        self._drop(managed)
+
+
+def command_line(call: ExecCommand) -> list[bytes]:
+    """Return the argv of a call; a shell command line gets the caller's shell, as a login shell by default."""
+    if isinstance(call.cmd, list):
+        if not call.cmd or not call.cmd[0]:
+            raise BadRequest("cmd: missing command line; give at least the program")
+        argv = call.cmd
+    else:
+        if not call.cmd.strip():
+            raise BadRequest("cmd: missing command line for exec_command")
+        shell = call.shell or _usual_shell(call.environment)
+        argv = [shell, b"-lc" if call.login else b"-c", os.fsencode(call.cmd)]
+    if b"\0" in b"".join(argv) + call.workdir:
+        raise BadRequest("cmd or workdir: contains a NUL byte, which no program can be given")
+    for name, value in (call.environment | call.overrides).items():
+        if not name or b"=" in name or b"\0" in name + value:
+            raise BadRequest(f"environment: {name!r:.80} is no name a variable can have, or holds a NUL byte")
+    return argv
+
+
+def _usual_shell(environment: dict[bytes, bytes]) -> bytes:
+    for shell in (environment.get(b"SHELL", b""), b"/bin/bash"):
+        if shell.startswith(b"/") and os.access(shell, os.X_OK):
+            return shell
+    return b"/bin/sh"

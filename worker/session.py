@@ -1,0 +1,127 @@
+"""One thread session: requests from the broker in, replies and notices out.
+
+It owns the parts (pumps, nursery, manager, link) and their order of birth and death.  Nothing of a process
+depends on it: when it is killed here, its children run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import zmq
+
+from ..common import kernel, messages, wire
+from ..common.channel import Channel
+from ..common.config import Config
+from ..common.errors import DeadlineExceeded, OutliveError
+from ..common.messages import Body, Orphaned, ReattachSummary, Request, Welcome
+from ..common.paths import Paths
+from ..common.pump import PUMPS, Pumps
+from ..common.transcript import Facts
+from .link import Link
+from .nursery import Nursery
+from .processes import ProcessManager
+
+
+class Session:
+    """The worker of one thread in one epoch."""
+
+    def __init__(self, paths: Paths, thread_id: str, epoch: int, mode: str, config: Config) -> None:
+        loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._pumps = Pumps(loop)
+        self._nursery = Nursery(paths.log, self._orphaned)
+        self._done = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._link = Link(
+            paths,
+            thread_id,
+            epoch,
+            self._context,
+            on_request=self._requested,
+            on_connected=self._connected,
+            on_lost=lambda: self._nursery.use_broker(None),
+            deposits=lambda: self.manager.deposits(),
+        )
+        self.manager = ProcessManager(
+            thread_id, epoch, self._nursery, self._pumps, PUMPS[mode], self._link.send, config
+        )
+        self._operations: dict[type[Body], Callable[[Any], Awaitable[Any]]] = {
+            messages.ExecCommand: self.manager.exec_command,
+            messages.WriteStdin: self.manager.write_stdin,
+            messages.ReadOutput: self.manager.read_output,
+            messages.Import: self._import,
+            messages.Export: self._export,
+            messages.TerminateAll: self._terminate_all,
+            messages.Forget: self._forget,
+            messages.Deltas: self._want_deltas,
+            messages.Bye: self._bye,
+        }
+
+    async def run(self) -> None:
+        """Serve until told to go to bed; raises `PeerError` when the broker refuses this worker."""
+        link = asyncio.create_task(self._link.run())
+        done = asyncio.create_task(self._done.wait())
+        finished, _ = await asyncio.wait({link, done}, return_when=asyncio.FIRST_COMPLETED)
+        self._nursery.close()
+        self.manager.close()
+        self._link.close()
+        self._pumps.close()
+        self._context.destroy(0)
+        if link in finished:
+            link.result()
+        link.cancel()
+
+    def _connected(self, channel: Channel, welcome: Welcome) -> None:
+        self.manager.used |= welcome.ids()
+        self._nursery.use_broker(channel)
+        self.manager.want_deltas(welcome.deltas)
+        for managed in self.manager.ended_here():  # the former broker may have known; this one does not
+            managed.watch.ended(managed.held.pump.written)
+
+    def _orphaned(self, facts: Facts) -> None:
+        self._link.send(Orphaned(process_id=facts.process_id))
+
+    def _requested(self, request: Request) -> None:
+        task = asyncio.create_task(self._serve(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            body = wire.body_of(request, messages.WORKER_OPS)
+            if request.deadline is not None and kernel.boottime() > request.deadline:
+                raise DeadlineExceeded(f"{request.op}: reached the worker after its deadline")
+            result = await self._operations[type(body)](body)
+            reply = wire.success(request.id, result)
+        except OutliveError as error:
+            reply = wire.failure(request.id, error)
+        except Exception as error:
+            traceback.print_exc()
+            reply = wire.failure(request.id, OutliveError(f"{request.op}: {error!r}; see the log"))
+        if request.id:
+            self._link.reply(reply)
+            self.manager.settle()
+
+    async def _import(self, body: messages.Import) -> Any:
+        parcel = self._link.claim(body.tickets)
+        refused = self.manager.import_processes(parcel, body.streams)
+        return ReattachSummary.of(len(parcel) - len(refused), refused)
+
+    async def _export(self, body: messages.Export) -> list[str]:
+        return await self.manager.export_processes()
+
+    async def _terminate_all(self, body: messages.TerminateAll) -> list[str]:
+        return await self.manager.terminate_all_processes()
+
+    async def _forget(self, body: messages.Forget) -> None:
+        self.manager.forget(body.process_ids)
+
+    async def _want_deltas(self, body: messages.Deltas) -> None:
+        self.manager.want_deltas(body.wanted)
+
+    async def _bye(self, body: messages.Bye) -> None:
+        self._done.set()

@@ -1,0 +1,319 @@
+"""The spawner: a small, single-threaded program that starts a worker's children and records how they ended.
+
+It exists because a fork costs what the forking process weighs, and because whoever forks is the parent, the
+first to know how a child ended.  It talks packets (`common.channel`) with its worker, and sends deposits on the
+worker's own channel to the broker, which it was given a copy of.
+
+    from the worker    spawn     one descriptor: a memfd with a msgpack map, see `nursery.Order`
+                       broker    one descriptor: the channel for deposits; none: the broker is away
+    to the worker      started   number, pid, and a parcel with all descriptors of the process
+                       failed    number, stage, message
+    to the broker      deposit   a parcel: first what was made before the fork, then what the fork made
+                       undeposit the process never ran
+
+Always true
+    What exists before the fork is deposited before the fork, and the child says that it runs before it executes
+    its program: whatever dies in between, the header tells whether the command may be started again.
+    An outcome is recorded before its process is reaped.
+    When the worker's end closes, the spawner finishes what it is doing and ends, so that its children are
+    adopted by whoever can go on recording.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import msgpack
+import ptyprocess
+
+from ..common import ending, launch
+from ..common.channel import Channel, Packet, parcel_rows
+from ..common.descriptors import Handles
+from ..common.errors import HandoffError, OutliveError, PeerError, SpawnError
+from ..common.transcript import Facts, Lease, Transcript
+
+# Bytes of a conduit: a terminal yields 4 KiB at a time, so the kernel's default of 64 KiB would only count
+# against what one user may have in pipes.
+CONDUIT_SIZE = 16 << 10
+
+
+@dataclass(slots=True)
+class _Child:
+    process: tuple[str, str]
+    handles: Handles
+
+
+class _Pty(ptyprocess.PtyProcess):  # type: ignore[misc]
+    """A `PtyProcess` only as far as its fork: descriptor and pid are ours, and nothing sleeps or kills.
+
+    The original kills its child and sleeps 0.1 s when it is collected, also after a failed exec.
+    """
+
+    # Those made by the start under way: after a failed exec it is the only trace of them.
+    born: ClassVar[list[_Pty]] = []
+
+    def __init__(self, pid: int, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self.pid, self.fd, self.closed = pid, fd, True
+        _Pty.born.append(self)
+
+    def setwinsize(self, rows: int, cols: int) -> None:
+        """The child has set its size before its program ran; once more could be a stray SIGWINCH."""
+
+
+class Spawner:
+    """The program's state: its worker, the broker's channel if there is one, the children."""
+
+    def __init__(self, worker: Channel) -> None:
+        self.worker = worker
+        self.broker: Channel | None = None
+        self.children: dict[int, _Child] = {}
+        self.limits = launch.original_limits()
+        self.poller = select.epoll()
+        self.poller.register(worker.fileno(), select.EPOLLIN)
+
+    def run(self) -> None:
+        """Serve until the worker's end closes."""
+        while True:
+            for fd, _ in self.poller.poll():
+                if fd == self.worker.fileno():
+                    if not self._serve():
+                        return
+                elif child := self.children.get(fd):
+                    self._bury(child)
+
+    def _serve(self) -> bool:
+        while True:
+            try:
+                packet = self.worker.receive()
+            except BlockingIOError:
+                return True
+            if packet is None:
+                return False
+            try:
+                if packet.kind == "spawn":
+                    self._spawn(packet)
+                elif packet.kind == "broker":
+                    self._change_broker(packet)
+            finally:
+                packet.close()
+
+    def _change_broker(self, packet: Packet) -> None:
+        if self.broker:
+            self.broker.close()
+        self.broker = None
+        if packet.fds:
+            import socket
+
+            self.broker = Channel(socket.socket(fileno=packet.fds.pop()))
+
+    def _spawn(self, packet: Packet) -> None:
+        number = packet.message["number"]
+        order = _read_order(packet)
+        facts = Facts.from_bytes(order["facts"])
+        key = facts.thread_id, facts.process_id
+        handles = Handles()
+        try:
+            try:
+                pid = self._start(facts, order, handles)
+            except BaseException:
+                self._tell_broker("undeposit", thread=key[0], process=key[1])
+                raise
+        except (OutliveError, OSError) as error:
+            handles.close()
+            stage = error.stage if isinstance(error, SpawnError) else "prepare"
+            self.worker.send_patiently("failed", number=number, stage=stage, message=str(error))
+            return
+        rows, fds = parcel_rows({key: handles.held()})
+        child = _Child(key, Handles({"transcript": handles.transcript, "pidfd": handles.pidfd}))
+        with suppress(HandoffError):  # the worker is gone; the broker has everything
+            self.worker.send_patiently("started", fds, number=number, pid=pid, processes=rows)
+        handles.transcript = handles.pidfd = -1
+        handles.close()
+        self.children[child.handles.pidfd] = child
+        self.poller.register(child.handles.pidfd, select.EPOLLIN)
+
+    def _start(self, facts: Facts, order: dict[str, Any], handles: Handles) -> int:
+        """Make, deposit, fork, deposit; return the pid.  What was made is in `handles` even after an error."""
+        lease = Lease(*order["lease"])
+        handles.transcript = Transcript.create(facts, lease)
+        output_write = -1
+        try:
+            if facts.tty:
+                handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                _shrink(handles.conduit_write)
+            else:
+                handles.terminal, output_write = os.pipe()
+                os.set_blocking(handles.terminal, False)
+            self._deposit(facts, handles.held(), strict=True)
+            environment = dict(order["environment"])
+            if facts.tty:
+                handles.terminal, pid = _fork_on_terminal(facts, environment, handles.transcript, self.limits)
+            else:
+                pid = _fork_on_pipe(facts, environment, handles.transcript, output_write, self.limits)
+        finally:
+            if output_write >= 0:
+                os.close(output_write)
+        handles.pidfd = os.pidfd_open(pid)
+        late = {"pidfd": handles.pidfd}
+        if facts.tty:
+            late = {"terminal": handles.terminal, **late}
+        # It runs: from here on nothing may stop us from telling the worker.
+        self._deposit(facts, late, strict=False)
+        return pid
+
+    def _deposit(self, facts: Facts, held: dict[str, int], *, strict: bool) -> None:
+        rows, fds = parcel_rows({(facts.thread_id, facts.process_id): held})
+        self._tell_broker("deposit", fds, strict=strict, processes=rows)
+
+    def _tell_broker(self, kind: str, fds: list[int] | None = None, *, strict: bool = False, **fields: Any) -> None:
+        """Send to the broker if there is one; a dead one is forgotten: the worker deposits with the next."""
+        if self.broker is None:
+            return
+        try:
+            self.broker.send_patiently(kind, fds, **fields)
+        except HandoffError as error:
+            if isinstance(error.__cause__, OSError):
+                self.broker.close()
+                self.broker = None
+            elif strict:
+                raise SpawnError(
+                    f"the broker does not take the process's descriptors: {error}", "deposit"
+                ) from None
+
+    def _bury(self, child: _Child) -> None:
+        pidfd = child.handles.pidfd
+        ending.learn(pidfd, Transcript(child.handles.transcript))
+        self.poller.unregister(pidfd)
+        del self.children[pidfd]
+        child.handles.close()
+
+
+def _read_order(packet: Packet) -> dict[str, Any]:
+    fd = packet.fds[0]
+    order = msgpack.unpackb(os.pread(fd, os.fstat(fd).st_size, 0), strict_map_key=False)
+    if not isinstance(order, dict):
+        raise PeerError("spawn: the order is not a map")
+    return order
+
+
+def _shrink(pipe: int) -> None:
+    import fcntl
+
+    with suppress(OSError):  # it works at any size
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CONDUIT_SIZE)
+
+
+def _fork_on_terminal(
+    facts: Facts, environment: dict[bytes, bytes], transcript: int, limits: dict[int, int]
+) -> tuple[int, int]:
+    """Return (master, pid)."""
+    _Pty.born.clear()
+    try:
+        child = _Pty.spawn(
+            [sys.executable],  # only to satisfy its search; `_become` executes the real program
+            preexec_fn=lambda: _become(facts, environment, transcript, limits),
+            dimensions=(facts.rows, facts.columns),
+            pass_fds=(transcript,),
+        )
+    except OSError as error:
+        raise SpawnError(f"no terminal for the command: {error}", "fork") from None
+    except Exception as error:
+        # Raised in the child, sent here as text by ptyprocess.
+        for failed in _Pty.born:
+            os.close(failed.fd)
+            os.waitpid(failed.pid, 0)
+        raise _told(str(error)) from None
+    os.set_blocking(child.fd, False)
+    return child.fd, child.pid
+
+
+def _fork_on_pipe(
+    facts: Facts, environment: dict[bytes, bytes], transcript: int, output: int, limits: dict[int, int]
+) -> int:
+    """Return the pid of a child whose standard input is /dev/null and whose output is one pipe."""
+    error_read, error_write = os.pipe()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(error_read)
+        os.close(error_write)
+        raise SpawnError(f"no process for the command: {error.strerror}", "fork") from None
+    if pid == 0:
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            _close_all_but(transcript, error_write)
+            _become(facts, environment, transcript, limits)
+        except BaseException as error:
+            os.write(error_write, str(error).encode("utf-8", "surrogateescape"))
+        finally:
+            os._exit(127)
+    os.close(error_write)
+    told = os.read(error_read, 4096)
+    os.close(error_read)
+    if told:
+        os.waitpid(pid, 0)
+        raise _told(told.decode("utf-8", "replace"))
+    return pid
+
+
+def _close_all_but(*kept: int) -> None:
+    low = 3
+    for fd in [*sorted(kept), launch.descriptor_limit()]:
+        os.closerange(low, fd)
+        low = fd + 1
+
+
+def _become(facts: Facts, environment: dict[bytes, bytes], transcript: int, limits: dict[int, int]) -> None:
+    """Turn the forked child into the command; raises `RuntimeError` with the stage and the reason."""
+    try:
+        os.chdir(facts.cwd)
+    except OSError as error:
+        raise RuntimeError(f"directory|{os.fsdecode(facts.cwd)}: {error.strerror}") from None
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        launch.restore_limits(limits)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"limits|{error}") from None
+    Transcript(transcript).mark_started(os.getpid())
+    try:
+        os.execvpe(facts.argv[0], list(facts.argv), environment)
+    except OSError as error:
+        raise RuntimeError(f"exec|{os.fsdecode(facts.argv[0])}: {error.strerror}") from None
+    except ValueError as error:
+        raise RuntimeError(f"exec|{error}") from None
+
+
+def _told(text: str) -> SpawnError:
+    stage, bar, reason = text.partition("|")
+    if not bar:
+        stage, reason = "spawn", text
+    return SpawnError(f"the command could not be started ({stage}): {reason}", stage)
+
+
+def main() -> None:
+    """Run the spawner on descriptor 3, the socket to its worker."""
+    import socket
+
+    os.chdir("/")
+    # The terminal's keys and the user's signals are for the children, not for us.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    Spawner(Channel(socket.socket(fileno=launch.FIRST_FD))).run()
+
+
+if __name__ == "__main__":
+    main()
