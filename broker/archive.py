@@ -97,7 +97,6 @@ class ThreadArchive:
                 found.append((entry.stat().st_mtime, entry.name))
         self._files: dict[str, float] = {name: at for at, name in sorted(found)}
         self.ids = self._read_ids() | set(self._files)
-        self._ids_file = os.open(folder / "ids", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _read_ids(self) -> set[str]:
         try:
@@ -107,10 +106,14 @@ class ThreadArchive:
         return {line for line in text.split("\n") if line.isdecimal()}
 
     def use(self, process_id: str) -> None:
-        """Remember that the thread has used this id."""
+        """Remember that the thread has used this id; raises `OSError` when that cannot be written."""
         if process_id not in self.ids:
             self.ids.add(process_id)
-            os.write(self._ids_file, f"{process_id}\n".encode())
+            fd = os.open(self.folder / "ids", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, f"{process_id}\n".encode())
+            finally:
+                os.close(fd)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -182,12 +185,6 @@ class ThreadArchive:
                     yield json.loads(file.readline())["row"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-
-    def close(self) -> None:
-        """Close what is open."""
-        if self._ids_file >= 0:
-            os.close(self._ids_file)
-            self._ids_file = -1
 
 
 def _read(path: Path) -> Record:

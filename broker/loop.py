@@ -138,13 +138,17 @@ class Broker:
             **fields,
         }
         if event != "delta":
-            self._recent.append(table)
+            self._recent.append({name: value for name, value in table.items() if name != "output"})
         with suppress(zmq.ZMQError):
             self._events.send([b"delta" if event == "delta" else b"event", msgpack.packb(table)])
 
     def descriptors_left(self) -> int:
-        """Return how many descriptors may still be opened before the reserve."""
-        return launch.descriptor_limit() - RESERVE - len(os.listdir("/proc/self/fd"))
+        """Return how many descriptors may still be opened before the reserve.
+
+        Counted, not looked up: /proc/self/fd takes a millisecond when it is full.
+        """
+        peers = len(self._peers) + len(self._unknown)
+        return launch.descriptor_limit() - RESERVE - self.threads.descriptors - 2 * peers - len(self._workers)
 
     def log(self, text: str) -> None:
         """Write a line to the log."""
@@ -166,6 +170,8 @@ class Broker:
         self._remember_worker(thread_id, {"pid": pid, "start": kernel.start_time(pid), "epoch": epoch})
 
     def _worker_died(self, pidfd: int) -> None:
+        if pidfd not in self._workers:  # SIGCHLD was first
+            return
         pid, thread_id, epoch, ours = self._workers.pop(pidfd)
         self._loop.remove_reader(pidfd)
         how = "gone"
@@ -318,7 +324,7 @@ class Broker:
             timer.cancel()
         peer.close()
         if peer.role == "worker":
-            self.threads.channel_closed(peer.thread_id, peer.epoch)
+            self.threads.channel_closed(peer)
 
     # Control.
 
@@ -339,7 +345,7 @@ class Broker:
                     return
             return
         sender = self._peers.get(message.token)
-        if sender is None:
+        if sender is None or not sender.open:
             unknown = PeerError("token: unknown, or its channel is closed; connect again")
             self._answer(route, wire.failure(message.id, unknown))
             return
@@ -375,6 +381,9 @@ class Broker:
         task = self._loop.create_task(self._serve(peer, request.id, body, request.deadline))
         peer.tasks.add(task)
         task.add_done_callback(peer.tasks.discard)
+        if isinstance(body, messages.Wait | messages.ReadOutput):
+            peer.waits.add(task)
+            task.add_done_callback(peer.waits.discard)
 
     async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
         try:

@@ -18,8 +18,8 @@ import msgspec
 
 from ..common import kernel, messages, tree
 from ..common.descriptors import ROLES
-from ..common.errors import BadRequest, Interrupted, LimitReached, UnknownProcess
-from ..common.held import piece_of, write_yield
+from ..common.errors import BadRequest, Interrupted, LimitReached, Unavailable, UnknownProcess
+from ..common.held import Held, exec_yield, piece_of, write_yield
 from ..common.messages import (
     Body,
     DetachedProcessSummary,
@@ -86,16 +86,21 @@ class Operations:
                 "raise the limit and restart the broker"
             )
         while True:
-            if (entry := thread.entry_of_call(call.call_id)) and entry.state is State.STARTING:
-                if entry.epoch != thread.epoch:  # its worker died, its spawner may still be at it
-                    await entry.changed()
-                    continue
             if archived := thread.archive.calls.get(call.call_id):
-                record = thread.archive.get(archived)
-                return record.answer(call.max_output_tokens, 0, typed_nothing=False)
+                return thread.archive.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
+            peer = await self._threads.worker(thread)
+            await self._threads.handed_over(thread)
+            entry = thread.entry_of_call(call.call_id)
+            if entry and entry.custody.holder is Holder.NOBODY and entry.epoch != peer.epoch:
+                # Its worker died, its spawner may still be at it; starting it again would be a second process.
+                await entry.changed()
+                continue
+            if entry and entry.custody.holder is Holder.BROKER:
+                held = self._held(entry)
+                started = time.monotonic()
+                await held.until_ended(started + exec_yield(call.yield_time_ms))
+                return held.answer(started, call.max_output_tokens, since=0)
             try:
-                peer = await self._threads.worker(thread)
-                await self._threads.handed_over(thread)
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
                 continue
@@ -111,19 +116,26 @@ class Operations:
             if call.resume:
                 await self._threads.worker(thread)
             await self._threads.handed_over(thread)
-            if found.custody.holder is Holder.BROKER and (held := self._threads.store.get(found.key)):
-                yield_s = write_yield(call.yield_time_ms, call.chars)
-                return await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
             peer = thread.worker
-            if peer is None or found.state is State.GONE:
-                if found.state is State.STARTING or found.custody.holder is Holder.WORKER:
-                    await found.changed()
+            if found.custody.holder is Holder.BROKER:
+                yield_s = write_yield(call.yield_time_ms, call.chars)
+                held = self._held(found)
+                return await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+            if found.custody.holder is Holder.NOBODY and found.state is not State.GONE:
+                await found.changed()
+                continue
+            if peer is None:  # it is coming back, or about to be found dead
+                await thread.changed()
                 continue
             before = found.transcript.live().typed if found.transcript else 0
             found.typists += bool(call.chars)
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
+                while thread.worker is None and thread.worker_pid == peer.pid:
+                    await thread.changed()  # until its death is proved, it may still be typing
+                if thread.worker_pid == peer.pid and call.chars:
+                    before = -1
                 call = self._still_to_type(found, call, before)
                 continue
             except UnknownProcess:
@@ -138,10 +150,11 @@ class Operations:
     def _still_to_type(self, entry: Entry, call: WriteStdin, before: int) -> WriteStdin:
         """Return what of a call is still to be done after its worker died; the header says what was typed.
 
-        Raises `Interrupted` where it cannot say: the worker died within a write, or two callers typed at once.
+        Raises `Interrupted` where it cannot say: the worker died within a write, two callers typed at once, or
+        (`before` is -1) the worker lives and only its connection broke.
         """
         live = entry.transcript.live() if entry.transcript else None
-        known = live is not None and live.typing == live.typed
+        known = live is not None and live.typing == live.typed and before >= 0
         typed = live.typed - before if live else 0
         if call.chars and (not known or (typed and entry.typists > 1)):
             raise Interrupted(
@@ -158,31 +171,48 @@ class Operations:
 
     # Looking.
 
-    async def read_output(self, call: ReadOutput, deadline: float | None) -> Output | Any:
+    async def read_output(self, call: ReadOutput, deadline: float | None) -> Any:
         while True:
             found = self._find(call.thread, call.process_id)
             if isinstance(found, Record):
                 return found.piece(call.offset, call.limit)
-            if found.transcript is None:
-                raise UnknownProcess(f"process {call.process_id} has nothing to read yet")
-            ended = found.state is State.ENDED
-            piece = piece_of(found.transcript, call.offset, call.limit, ended=ended)
-            if piece.pieces or piece.gaps or ended or not call.wait_ms:
+            piece = self._read(found, call)
+            if piece.pieces or piece.gaps or piece.ended or not call.wait_ms:
                 return piece
             thread = self._threads.get(call.thread)
-            if held := self._threads.store.get(found.key):
-                await held.until_output(call.offset, time.monotonic() + call.wait_ms / 1000)
-                return held.piece(call.offset, call.limit) if held.handles.transcript >= 0 else piece
             await self._threads.handed_over(thread)
             peer = thread.worker
-            if peer is None or found.custody.holder is not Holder.WORKER:
-                if found.custody.holder is not Holder.BROKER:  # it has just come to us
-                    await found.changed()
+            if found.custody.holder is Holder.BROKER:
+                held = self._held(found)
+                await held.until_output(call.offset, time.monotonic() + call.wait_ms / 1000)
+                return self._read(found, call)
+            if found.custody.holder is Holder.NOBODY and found.state is not State.GONE:
+                await found.changed()
+                continue
+            if peer is None:
+                await thread.changed()
                 continue
             try:
                 return await peer.call(call, self._world.transmit, deadline)
-            except (WorkerGone, UnknownProcess):
+            except WorkerGone:
                 continue
+            except UnknownProcess:
+                return self._read(found, call)
+
+    def _read(self, entry: Entry, call: ReadOutput) -> Output:
+        found = self._find(*entry.key)  # it may have been archived meanwhile
+        if isinstance(found, Record):
+            return found.piece(call.offset, call.limit)
+        assert found.transcript is not None
+        return piece_of(found.transcript, call.offset, call.limit, ended=found.state is State.ENDED)
+
+    def _held(self, entry: Entry) -> Held:
+        held = self._threads.store.get(entry.key)
+        if held is None:
+            raise Unavailable(
+                f"process {entry.key[1]} is not being drained, see the log; its worker may be stopped"
+            )
+        return held
 
     async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[ProcessRow]:
         threads = list(self._threads.threads.values()) if call.thread is None else [self._threads.get(call.thread)]

@@ -43,8 +43,10 @@ class Peer:
         self.thread_id = ""
         self.epoch = 0
         self.open = True
-        # Of a client: what it waits for.
+        # Of a client: its requests under way, and those of them that only wait or read.  The others are carried
+        # to their end also when their caller has gone: half a handoff would leave a process without a pumper.
         self.tasks: set[asyncio.Task[None]] = set()
+        self.waits: set[asyncio.Task[None]] = set()
         # Of a worker: what we wait for.
         self.calls: dict[int, asyncio.Future[Reply]] = {}
         self._numbers = itertools.count(1)
@@ -55,17 +57,27 @@ class Peer:
         self.token = secrets.token_hex(16)
         return self.token
 
-    async def call(self, body: Body, transmit: Callable[[Peer, bytes], None], deadline: float | None = None) -> Any:
+    async def call(
+        self,
+        body: Body,
+        transmit: Callable[[Peer, bytes], None],
+        deadline: float | None = None,
+        *,
+        patient: bool = False,
+    ) -> Any:
         """Ask a worker and return its result as it came; raises its error, or `WorkerGone`.
 
-        `deadline`: on `CLOCK_BOOTTIME`; after it, `Unavailable`: the worker is stopped or overloaded.
+        `deadline`: on `CLOCK_BOOTTIME`; the worker refuses a request that reaches it later, and we give up with
+        `Unavailable`, unless `patient`.
         """
+        if not self.open:
+            raise WorkerGone(f"the worker of thread {self.thread_id} cannot be reached")
         number = next(self._numbers)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.calls[number] = answer
         try:
             transmit(self, wire.encode(wire.request(body, id=number, deadline=deadline)))
-            left = None if deadline is None else max(0.0, deadline - kernel.boottime())
+            left = None if deadline is None or patient else max(0.0, deadline - kernel.boottime())
             async with asyncio.timeout(left):
                 reply = await answer
         except TimeoutError:
@@ -88,11 +100,10 @@ class Peer:
     def hang_up(self) -> None:
         """Void the token, fail what waits for this worker, drop what this client waits for."""
         self.open = False
-        self.token = ""
         for answer in self.calls.values():
             if not answer.done():
                 answer.set_exception(WorkerGone(f"the worker of thread {self.thread_id} died during the call"))
-        for task in self.tasks:
+        for task in self.waits:
             task.cancel()
 
     def close(self) -> None:

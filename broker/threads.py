@@ -12,10 +12,10 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -71,6 +71,8 @@ TERMINATE_DEADLINE = 10.0
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
 _SEND_PAUSE = 0.002
+
+T = TypeVar("T")
 
 
 class World(Protocol):
@@ -164,8 +166,9 @@ class Thread:
         self.worker: Peer | None = None
         self.failure = ""
         self.waiters: list[asyncio.Future[None]] = []
-        # One handoff at a time.
+        # One handoff at a time; and the one that a new worker begins with.
         self.handoff = asyncio.Lock()
+        self.taking_back: asyncio.Task[None] | None = None
 
     def entry_of_call(self, call_id: str) -> Entry | None:
         """Return the process that this call started, if it is still held."""
@@ -194,6 +197,8 @@ class ThreadManager:
         self._config = config
         self.store = DetachedStore(pumps, pump, on_ended=self._held_ended, on_closed=lambda held: None)
         self.threads: dict[str, Thread] = {}
+        # How many descriptors of processes are held.
+        self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         for folder in sorted(paths.threads.iterdir()):
@@ -282,11 +287,18 @@ class ThreadManager:
                 self.move(entry, Event.WORKER_LOST)
         self._live(thread, lifecycle.Event.DIED)
 
-    def channel_closed(self, thread_id: str, epoch: int) -> None:
-        """No more deposits come from this worker and its spawner: what has not started never will."""
-        thread = self.threads.get(thread_id)
-        for entry in list(thread.entries.values()) if thread else []:
-            if entry.epoch == epoch and entry.state is State.STARTING:
+    def channel_closed(self, peer: Peer) -> None:
+        """No more deposits come through it.  A worker that lives will come back with another channel."""
+        thread = self.threads.get(peer.thread_id)
+        if thread is None:
+            return
+        if thread.worker is peer:
+            thread.worker = None
+        if thread.epoch == peer.epoch and thread.worker_pid is not None:
+            return
+        # Worker and spawner are both gone: what has not started never will.
+        for entry in list(thread.entries.values()):
+            if entry.epoch == peer.epoch and entry.state is State.STARTING:
                 self._resolve_start(entry)
 
     def dismiss(self, thread: Thread) -> None:
@@ -319,7 +331,7 @@ class ThreadManager:
             )
         elif effect is lifecycle.Effect.WELCOME:
             self._world.publish("worker", thread.thread_id, what="up", epoch=thread.epoch, pid=thread.worker_pid)
-            self.spawn(self._take_back(thread))
+            thread.taking_back = self.spawn(self._take_back(thread))
         elif effect is lifecycle.Effect.SAY_BYE and thread.worker:
             self.spawn(self._tell(thread.worker, Bye()))
         if thread.life.phase is not Phase.PAUSING and (timer := self._timers.pop(thread.thread_id, None)):
@@ -327,7 +339,7 @@ class ThreadManager:
 
     async def _take_back(self, thread: Thread) -> None:
         with suppress(OutliveError):
-            await self.reattach_thread_processes(thread)
+            await self._reattach(thread)
 
     async def _tell(self, peer: Peer, order: Body) -> None:
         with suppress(OutliveError):
@@ -335,6 +347,8 @@ class ThreadManager:
 
     async def handed_over(self, thread: Thread) -> None:
         """Wait for a handoff that is under way."""
+        if thread.taking_back:
+            await asyncio.wait({thread.taking_back})
         async with thread.handoff:
             pass
 
@@ -353,23 +367,50 @@ class ThreadManager:
         thread = self.threads.get(thread_id)
         if thread is None or thread.worker is None:
             return DetachedProcessSummary.of([])
+        return await self._within(thread, self._detach(thread), "gives its processes back")
+
+    async def _detach(self, thread: Thread) -> DetachedProcessSummary:
         async with thread.handoff:
             peer = thread.worker
+            if peer is None:
+                return DetachedProcessSummary.of([])
             mine = [entry for entry in thread.entries.values() if entry.custody.holder is Holder.WORKER]
-            deadline = kernel.boottime() + HANDOFF_DEADLINE
             try:
-                exported = await peer.call(Export(), self._world.transmit, deadline)
+                exported = await self._order(peer, Export())
             except WorkerGone:
-                exported = [entry.key[1] for entry in mine]  # its death has handed them over already
+                exported = [entry.key[1] for entry in mine]  # its death hands them over
             for process_id in exported:
                 entry = thread.entries.get(process_id)
-                if entry and entry.custody.holder is Holder.WORKER and entry.epoch == peer.epoch:
+                if entry and entry.custody.holder is Holder.WORKER and entry.epoch == peer.epoch and peer.open:
                     self.move(entry, Event.DETACHED)
-                    self._world.publish("detached", thread_id, process_id, call_id=entry.call_id)
+                    self._world.publish("detached", thread.thread_id, process_id, call_id=entry.call_id)
         return DetachedProcessSummary.of([str(process_id) for process_id in exported])
+
+    async def _order(self, peer: Peer, order: Body) -> Any:
+        """Give a worker an order of a handoff and wait for the answer, however long that takes.
+
+        A worker that got it may act on it at any time, so nobody may walk away before it answers or dies; one
+        that gets it too late refuses.
+        """
+        return await peer.call(order, self._world.transmit, kernel.boottime() + HANDOFF_DEADLINE, patient=True)
+
+    async def _within(self, thread: Thread, handoff: Coroutine[Any, Any, T], what: str) -> T:
+        """Wait for a handoff within its deadline; a slow one goes on without its caller."""
+        task = self.spawn(handoff)
+        done, _ = await asyncio.wait({task}, timeout=HANDOFF_DEADLINE)
+        if not done:
+            raise Unavailable(
+                f"thread {thread.thread_id}: its worker (pid {thread.worker_pid}) is slow or stopped; "
+                f"it {what} when it answers"
+            )
+        result: T = task.result()
+        return result
 
     async def reattach_thread_processes(self, thread: Thread) -> ReattachSummary:
         """Give what is detached to the thread's worker; raises `BadRequest` when there is none."""
+        return await self._within(thread, self._reattach(thread), "takes its processes back")
+
+    async def _reattach(self, thread: Thread) -> ReattachSummary:
         async with thread.handoff:
             peer = thread.worker
             if peer is None or thread.life.phase is not Phase.AWAKE:
@@ -391,14 +432,10 @@ class ThreadManager:
             try:
                 tickets = await self._send_parcels(peer, entries)
                 streams = {entry.key[1]: entry.stream for entry in entries if entry.stream}
-                order = Import(tickets=tickets, streams=streams)
-                deadline = kernel.boottime() + HANDOFF_DEADLINE
-                summary = await peer.call(order, self._world.transmit, deadline)
+                summary = await self._order(peer, Import(tickets=tickets, streams=streams))
                 skipped = set(summary["skipped_process_ids"])
             except WorkerGone:
                 return ReattachSummary.of(0, ids)  # back with us since its death
-            except Unavailable:
-                raise  # it is only slow, and may still take them: theirs until it says otherwise or dies
             except OutliveError as error:
                 self._world.log(f"thread {thread.thread_id}: its worker took nothing back: {error}")
                 skipped = set(ids)
@@ -584,12 +621,24 @@ class ThreadManager:
             thread.entries[key[1]] = entry
             with suppress(OSError):  # a full disk must not lose the process
                 thread.archive.use(key[1])
-        entry.handles.adopt(handles)
+        self._adopt(entry, handles)
         if entry.transcript:
             entry.pid = entry.transcript.live().pid
         if entry.state is State.STARTING and entry.handles.pidfd >= 0:
             alive = thread.epoch == peer.epoch and thread.worker_pid is not None
-            self.move(entry, Event.STARTED if alive else Event.STARTED_ALONE)
+            self._started(entry, Event.STARTED if alive else Event.STARTED_ALONE)
+
+    def _adopt(self, entry: Entry, handles: Handles) -> None:
+        before = len(entry.handles)
+        entry.handles.adopt(handles)
+        self.descriptors += len(entry.handles) - before
+
+    def _started(self, entry: Entry, event: Event) -> None:
+        """It runs; if that came too late for its own worker, the next one may be waiting for it."""
+        self.move(entry, event)
+        thread = self.threads[entry.key[0]]
+        if event is Event.STARTED_ALONE and thread.life.phase is Phase.AWAKE:
+            thread.taking_back = self.spawn(self._take_back(thread))
 
     def never_ran(self, thread_id: str, process_id: str) -> None:
         """The spawner says that the program was not executed."""
@@ -615,8 +664,9 @@ class ThreadManager:
         if pidfd is None:
             self.move(entry, Event.VANISHED)
         else:
-            entry.handles.adopt(Handles({"pidfd": pidfd}))
-            self.move(entry, Event.STARTED_ALONE)
+            self._adopt(entry, Handles({"pidfd": pidfd}))
+            entry.pid = live.pid
+            self._started(entry, Event.STARTED_ALONE)
 
     # Processes.
 
@@ -660,6 +710,7 @@ class ThreadManager:
             except OSError as error:
                 self._world.log(f"process {entry.key}: its output is not archived: {error}")
         elif effect is Effect.CLOSE_HANDLES:
+            self.descriptors -= len(entry.handles)
             entry.handles.close()
 
     def _start_pump(self, entry: Entry) -> None:
@@ -773,8 +824,6 @@ class ThreadManager:
                 entry.handles = handles
             entry.handles.close()
         self.store.close()
-        for thread in self.threads.values():
-            thread.archive.close()
 
 
 def rfc3339(nanoseconds: int) -> str:

@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import os
 import secrets
+import select
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -190,8 +191,18 @@ class Host:
         return await self.call(Shutdown(all=True), list[ThreadRow], None)
 
     async def down(self, *, force: bool = False) -> dict[str, Any]:
-        """End the broker; raises `BadRequest`, naming them, while processes live, unless `force` ends them."""
-        return await self.call(Down(force=force), dict[str, Any], None, repeat=False)
+        """End the broker and see it gone; raises `BadRequest`, naming them, while processes live.
+
+        `force` ends them.
+        """
+        pid = (await self.status())["broker_pid"]
+        pidfd = os.pidfd_open(pid)
+        try:
+            answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
+            await asyncio.to_thread(select.select, [pidfd], [], [], MARGIN)
+        finally:
+            os.close(pidfd)
+        return answer
 
     async def recent_events(self) -> list[dict[str, Any]]:
         """Return the last events, oldest first, deltas left out."""
