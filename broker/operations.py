@@ -132,7 +132,7 @@ class Operations:
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
-                while thread.worker is None and thread.worker_pid == peer.pid:
+                while thread.worker_pid == peer.pid and thread.worker in (None, peer):
                     await thread.changed()  # until its death is proved, it may still be typing
                 if thread.worker_pid == peer.pid and call.chars:
                     before = -1
