@@ -339,6 +339,9 @@ class Held:
             parts[-1] = offset, data[:whole]
             end -= len(data) - whole
         self.last_used = time.monotonic()
+        warnings = list(warnings or ())
+        if self.pump.refusal is not None:
+            warnings.append(f"output waits to be written down, and the program with it: {self.pump.refusal.strerror}")
         if end > delivered:
             transcript.deliver(end)
         return Response(
@@ -354,7 +357,7 @@ class Held:
             sentence=self.outcome.sentence() if ended and self.outcome else "",
             output_end=end,
             typed=typed,
-            warnings=warnings or [],
+            warnings=warnings,
         )
 
     def piece(self, offset: int, limit: int) -> Output:

@@ -31,8 +31,10 @@ from .transcript import Transcript
 
 # Bytes a splice may move.  A terminal yields 4 KiB at a time, and a splice from one allocates all the pages
 # asked for before it knows.
-TERMINAL_CHUNK = 8 << 10
+TERMINAL_CHUNK = 4 << 10
 PIPE_CHUNK = 64 << 10
+# Splices into the conduit before it is emptied: one system call for four chunks rather than for each.
+CONDUIT_CHUNKS = 4
 # Bytes one pump may move before the others get their turn.
 TURN = 1 << 20
 # Seconds that pumping may go on before everything else that the process does gets its turn; control calls
@@ -86,14 +88,24 @@ class Pump:
                 return self._full(error)
             if self.written >= until:
                 return Step.MORE
+            waiting = 0
             try:
-                waiting = splice(terminal, conduit_write, TERMINAL_CHUNK)
+                for _ in range(CONDUIT_CHUNKS):
+                    moved = splice(terminal, conduit_write, TERMINAL_CHUNK)
+                    waiting += moved
+                    if not moved:
+                        break
             except BlockingIOError:
-                return Step.DRY
+                # With something in it, it may be the conduit that is full: look again when it is empty.
+                if not waiting:
+                    return Step.DRY
+                continue
             except OSError as error:
-                if error.errno == errno.EIO:
+                if error.errno != errno.EIO:
+                    raise
+                if not waiting:
                     return Step.CLOSED
-                raise
+                continue
             if not waiting:
                 return Step.CLOSED
 
@@ -127,8 +139,6 @@ class Pump:
             raise
 
     def _full(self, error: OSError) -> Step:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM, errno.EDQUOT):
-            raise error
         self.refusal = error
         return Step.FULL
 
@@ -203,7 +213,7 @@ class Owner(Protocol):
     pump: Pump
 
     def output_moved(self) -> None:
-        """The transcript has grown, or the pump refused to grow it (`pump.refusal`)."""
+        """The transcript has grown."""
 
     def terminal_closed(self) -> None:
         """End of file on the terminal, for now: a child that lives may open it again."""
@@ -315,11 +325,17 @@ class Pumps:
                 continue
             pump = owner.pump
             before = pump.written
-            step = pump.drain()
+            try:
+                step = pump.drain()
+            except OSError as error:
+                # Nothing that we know of; the bytes are where they were, and trying for ever at once would spin.
+                pump.refusal, step = error, Step.FULL
             if step is not Step.MORE:
                 self._busy.pop(owner, None)
-            if pump.written != before or step is Step.FULL:
-                moved = moved or pump.written != before
+            if pump.written != before:
+                moved = True
+                if step is not Step.FULL:
+                    pump.refusal = None
                 pump.transcript.trim(pump.written)
                 owner.output_moved()
             if step is Step.FULL:
