@@ -108,10 +108,13 @@ class Operations:
             return result
 
     async def write_stdin(self, call: WriteStdin, deadline: float | None) -> Any:
+        asked = len(call.chars)
         while True:
             found = self._find(call.thread, call.process_id)
+            earlier = asked - len(call.chars)  # bytes typed by workers that died before they could say so
             if isinstance(found, Record):
-                return found.answer(call.max_output_tokens, call.since, typed_nothing=bool(call.chars))
+                answer = found.answer(call.max_output_tokens, call.since, typed_nothing=bool(call.chars))
+                return msgspec.structs.replace(answer, typed=earlier)
             thread = self._threads.get(call.thread)
             if call.resume:
                 await self._threads.worker(thread)
@@ -120,7 +123,8 @@ class Operations:
             if found.custody.holder is Holder.BROKER:
                 yield_s = write_yield(call.yield_time_ms, call.chars)
                 held = self._held(found)
-                return await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+                answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+                return msgspec.structs.replace(answer, typed=earlier + answer.typed)
             if found.custody.holder is Holder.NOBODY and found.state is not State.GONE:
                 await found.changed()
                 continue
@@ -145,7 +149,7 @@ class Operations:
             finally:
                 found.typists -= bool(call.chars)
             self._relayed(thread, result)
-            return result
+            return {**result, "typed": earlier + result.get("typed", 0)}
 
     def _still_to_type(self, entry: Entry, call: WriteStdin, before: int) -> WriteStdin:
         """Return what of a call is still to be done after its worker died; the header says what was typed.
