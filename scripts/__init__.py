@@ -2,6 +2,7 @@
 
     cli      `outlive`, the command line.
     demo     the main job on real input, told as a story; checks each of its claims.
+    home     an OUTLIVE_HOME for one run of the next two, emptied and removed at its end.
     chaos    random deaths under flood; prints what was lost, which must be nothing.
     bench    speed and memory, as ratios against baselines measured in the same run.
 
