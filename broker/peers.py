@@ -12,6 +12,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import zmq
@@ -68,7 +69,9 @@ class Peer:
         """Ask a worker and return its result as it came; raises its error, or `WorkerGone`.
 
         `deadline`: on `CLOCK_BOOTTIME`; the worker refuses a request that reaches it later, and we give up with
-        `Unavailable`, unless `patient`.
+        `Unavailable`, unless `patient`.  A frame that cannot be sent is the first sign of a death: `WorkerGone`
+        comes only with the hang-up, so that a caller who asks again meets the next worker, and not this one for
+        ever without a pause.
         """
         if not self.open:
             raise WorkerGone(f"the worker of thread {self.thread_id} cannot be reached")
@@ -76,7 +79,9 @@ class Peer:
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.calls[number] = answer
         try:
-            transmit(self, wire.encode(wire.request(body, id=number, deadline=deadline)))
+            frame = wire.encode(wire.request(body, id=number, deadline=deadline))
+            with suppress(zmq.ZMQError):
+                transmit(self, frame)
             left = None if deadline is None or patient else max(0.0, deadline - kernel.boottime())
             async with asyncio.timeout(left):
                 reply = await answer
@@ -85,8 +90,6 @@ class Peer:
                 f"the worker of thread {self.thread_id} (pid {self.pid}) did not answer in time; "
                 "its processes are safe"
             ) from None
-        except zmq.ZMQError as error:
-            raise WorkerGone(f"the worker of thread {self.thread_id} cannot be reached: {error}") from None
         finally:
             self.calls.pop(number, None)
         return wire.result_of(reply, Any)
