@@ -18,7 +18,7 @@ import msgspec
 
 from ..common import kernel, messages, tree
 from ..common.descriptors import ROLES
-from ..common.errors import BadRequest, Interrupted, LimitReached, Unavailable, UnknownProcess
+from ..common.errors import BadRequest, ExpiredProcess, Interrupted, LimitReached, Unavailable, UnknownProcess
 from ..common.held import Held, exec_yield, piece_of, write_yield
 from ..common.messages import (
     Body,
@@ -104,6 +104,10 @@ class Operations:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
                 continue
+            except ExpiredProcess:
+                if call.call_id in thread.archive.calls:  # collected a moment ago
+                    continue
+                raise
             self._relayed(thread, result)
             return result
 

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from ..common import kernel, launch, tree
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
-from ..common.errors import BadRequest, HandoffError, LimitReached, PeerError, SpawnError, UnknownProcess
+from ..common.errors import (
+    BadRequest,
+    ExpiredProcess,
+    HandoffError,
+    LimitReached,
+    PeerError,
+    SpawnError,
+    UnknownProcess,
+)
 from ..common.held import Held, exec_yield, write_yield
 from ..common.messages import (
     Begin,
@@ -59,6 +67,9 @@ PLAIN_ENVIRONMENT: dict[bytes, bytes] = {
 RESERVE = 64
 # The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
 RANDOM_IDS = range(1000, 100_000)
+# Calls remembered after their process was collected.  A repetition may be on its way before the broker has heard of
+# that; what comes later, the broker answers from its archive.
+CALLS_REMEMBERED = 10_000
 
 
 @dataclass(slots=True)
@@ -95,6 +106,8 @@ class ProcessManager:
         self._going: dict[str, Managed] = {}
         self._starts: dict[str, asyncio.Future[str]] = {}
         self._calls: dict[str, str] = {}
+        # Call ids of collected processes, oldest first.
+        self._collected: dict[str, None] = {}
         self._talking: Counter[str] = Counter()
         self._answered: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,10 +129,12 @@ class ProcessManager:
 
         The same `call_id` again returns the same process, with its output from the beginning.
         Raises `SpawnError` when the program never ran, `BadRequest` for a command that cannot be one,
-        `LimitReached` where a limit forbids another process.
+        `LimitReached` where a limit forbids another process, `ExpiredProcess` when the call's process is collected.
         """
         started = time.monotonic()
         warnings: list[str] = []
+        if call.call_id in self._collected:
+            raise ExpiredProcess(f"call {call.call_id} was answered before, and its process has been collected")
         known = self._calls.get(call.call_id)
         under_way = self._starts.get(call.call_id)
         again = known is not None or under_way is not None
@@ -434,6 +449,9 @@ class ProcessManager:
         self._processes.pop(process_id, None)
         self._going.pop(process_id, None)
         self._send(Collected(process_id=process_id))
+        self._collected[managed.held.transcript.facts.call_id] = None
+        if len(self._collected) > CALLS_REMEMBERED:
+            del self._collected[next(iter(self._collected))]
         self._let_go(managed)
 
     def _let_go(self, managed: Managed) -> None:
