@@ -341,7 +341,7 @@ class Held:
         self.last_used = time.monotonic()
         warnings = list(warnings or ())
         if self.pump.refusal is not None:
-            warnings.append(f"output waits to be written down, and the program with it: {self.pump.refusal.strerror}")
+            warnings.append(f"output cannot be written down, so the program waits: {self.pump.refusal.strerror}")
         if end > delivered:
             transcript.deliver(end)
         return Response(
