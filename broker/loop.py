@@ -329,10 +329,16 @@ class Broker:
     # Control.
 
     def _frames(self, frames: list[bytes]) -> None:
-        route, frame = frames[0], frames[-1]
+        route = frames[0]
+        if not 2 <= len(frames) <= 1 + wire.BATCH_MAX:
+            many = PeerError(f"{len(frames) - 1} messages at once; 1 to {wire.BATCH_MAX} are taken")
+            self._answer(route, wire.failure(0, many))
+            return
+        for frame in frames[1:]:
+            self._frame(route, frame)
+
+    def _frame(self, route: bytes, frame: bytes) -> None:
         try:
-            if len(frames) != 2:
-                raise PeerError(f"{len(frames)} frames; a message has one, behind its route")
             message = wire.decode(frame)
         except PeerError as error:
             self._answer(route, wire.failure(0, error))

@@ -329,11 +329,6 @@ class Transcript:
             ended_at,
         )
 
-    def mark_started(self, pid: int) -> None:
-        """Record, in the child and before it executes its program, that it runs as `pid`."""
-        os.pwrite(self.fd, _U32.pack(pid), _PID_AT)
-        os.pwrite(self.fd, _U32.pack(1), _PID_AT + 4)
-
     def take_lease(self, lease: Lease) -> None:
         """Become the pumper.  Only after the former holder said that it stopped, or is proved dead."""
         os.pwrite(self.fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
@@ -406,6 +401,12 @@ class Transcript:
             for gap in union
             for start, end in _without(gap.start, gap.end, old)
         ]
+
+
+def mark_started(fd: int, pid: int) -> None:
+    """Record, in the child and before it executes its program, that it runs as `pid`."""
+    os.pwrite(fd, _U32.pack(pid), _PID_AT)
+    os.pwrite(fd, _U32.pack(1), _PID_AT + 4)
 
 
 def _base_for(static_length: int) -> int:

@@ -24,6 +24,12 @@ ENTRIES_MAX = 100_000
 # Messages that may wait for one peer.
 QUEUE_MAX = 10_000
 
+# Messages in one ZeroMQ message, at most: what was said in one turn of a loop travels together.
+BATCH_MAX = 64
+
+# Plain numbers: pyzmq's own are enumerations, and slow to combine.
+_NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
+
 T = TypeVar("T")
 
 
@@ -125,7 +131,7 @@ class Port:
 
     def send(self, frames: list[bytes]) -> None:
         """Queue one message; raises `zmq.ZMQError` (EAGAIN: queue full, EHOSTUNREACH: peer gone)."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
+        self._socket.send_multipart(frames, _NOBLOCK)
         self._look_again()
 
     def close(self) -> None:
@@ -135,22 +141,20 @@ class Port:
             self._socket.close(0)
 
     def _look_again(self) -> None:
-        if not self._scheduled and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._scheduled and self._readable():
             self._scheduled = True
             self._loop.call_soon(self._receive)
+
+    def _readable(self) -> bool:
+        return not self._socket.closed and bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)
 
     def _receive(self) -> None:
         self._scheduled = False
         for _ in range(self.BATCH):
-            if self._socket.closed:
+            if not self._readable():
                 return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._on_frames(frames)
-        if not self._socket.closed:
-            self._look_again()
+            self._on_frames(self._socket.recv_multipart(_NOBLOCK))
+        self._look_again()
 
 
 def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

@@ -66,6 +66,7 @@ class Link:
         self._token = ""
         self._registered: asyncio.Future[Welcome] | None = None
         self._parcels: dict[str, dict[tuple[str, str], Handles]] = {}
+        self._outgoing: list[bytes] = []
         self._lost = asyncio.Event()
 
     async def run(self) -> None:
@@ -85,7 +86,7 @@ class Link:
             self._on_lost()
 
     def send(self, body: Body) -> None:
-        """Send a notice, if there is a broker to hear it."""
+        """Send a notice, if there is a broker to hear it, together with what else is said in this turn."""
         self._transmit(wire.request(body, token=self._token))
 
     def reply(self, reply: Reply) -> None:
@@ -148,9 +149,19 @@ class Link:
         self._port = wire.Port(socket, self._receive)
 
     def _transmit(self, message: Request | Reply) -> None:
-        if self._port:
+        if self._port is None:
+            return
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(wire.encode(message))
+        if len(self._outgoing) == wire.BATCH_MAX:
+            self._flush()
+
+    def _flush(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        if self._port and outgoing:
             with suppress(zmq.ZMQError):
-                self._port.send([wire.encode(message)])
+                self._port.send(outgoing)
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -191,6 +202,7 @@ class Link:
             handles.close()
 
     def _drop(self) -> None:
+        self._flush()
         if self._port:
             self._port.close()
         if self._address:

@@ -21,6 +21,7 @@ Always true
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -36,7 +37,7 @@ from ..common import ending, launch
 from ..common.channel import Channel, Packet, parcel_rows
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, OutliveError, PeerError, SpawnError
-from ..common.transcript import Facts, Lease, Transcript
+from ..common.transcript import Facts, Lease, Transcript, mark_started
 
 # Bytes of a conduit: a terminal yields 4 KiB at a time, so the kernel's default of 64 KiB would only count
 # against what one user may have in pipes.
@@ -288,7 +289,7 @@ def _become(facts: Facts, environment: dict[bytes, bytes], transcript: int, limi
         launch.restore_limits(limits)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"limits|{error}") from None
-    Transcript(transcript).mark_started(os.getpid())
+    mark_started(transcript, os.getpid())
     try:
         os.execvpe(facts.argv[0], list(facts.argv), environment)
     except OSError as error:
@@ -309,6 +310,9 @@ def main() -> None:
     import socket
 
     os.chdir("/")
+    # A collection in a freshly forked child would touch, and so copy, pages that it is about to throw away.
+    gc.disable()
+    gc.freeze()
     # The terminal's keys and the user's signals are for the children, not for us.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
