@@ -35,11 +35,11 @@ TERMINAL_CHUNK = 4 << 10
 PIPE_CHUNK = 64 << 10
 # Splices into the conduit before it is emptied: one system call for four chunks rather than for each.
 CONDUIT_CHUNKS = 4
-# Bytes one pump may move before the others get their turn.
-TURN = 1 << 20
-# Seconds that pumping may go on before everything else that the process does gets its turn; control calls
-# under flood wait for this long.
-SLICE = 0.002
+# Bytes one pump may move before the others get their turn, and the clock is looked at: half a millisecond's work.
+TURN = 64 << 10
+# Seconds that pumping may go on before everything else that the process does gets its turn.  A control call
+# under flood waits for a few of these: the request is read in one trip through the loop and served in the next.
+SLICE = 0.001
 # Seconds to wait for more from terminals that were just busy, before going back to the loop: a trip through
 # asyncio costs more than the 4 KiB that a terminal yields at a time.
 LINGER = 0.0005
@@ -242,7 +242,7 @@ class Pumps:
         self._busy: dict[Owner, None] = {}
         self._typing: set[Owner] = set()
         self._scheduled = False
-        loop.add_reader(self._epoll.fileno(), self._ready)
+        loop.add_reader(self._epoll.fileno(), self._readable)
 
     def __len__(self) -> int:
         return len(self._watched)
@@ -297,10 +297,19 @@ class Pumps:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._ready)
+            self._loop.call_soon(self._scheduled_turn)
+
+    def _scheduled_turn(self) -> None:
+        self._scheduled = False
+        self._ready()
+
+    def _readable(self) -> None:
+        # A turn that is scheduled looks at the epoll too.  Another one here would schedule another one there: each
+        # trip through the loop would have one more than the last, and no room left for anything but pumping.
+        if not self._scheduled:
+            self._ready()
 
     def _ready(self) -> None:
-        self._scheduled = False
         watched, poll, clock = self._watched, self._epoll.poll, time.monotonic
         until = clock() + SLICE
         events = poll(0, 256)
@@ -308,7 +317,7 @@ class Pumps:
             for fd, _ in events:
                 if ready := watched.get(fd):  # an earlier one may have removed it
                     ready()
-            moved = self._turns()
+            moved = self._turns(until)
             if clock() >= until:
                 break
             events = poll(0 if self._busy else LINGER, 256) if moved or events else []
@@ -317,11 +326,11 @@ class Pumps:
         if self._busy:
             self._schedule()
 
-    def _turns(self) -> bool:
-        """Give each busy pump one turn; tell whether any moved something."""
+    def _turns(self, until: float) -> bool:
+        """Give each busy pump one turn, but stop at `until` (monotonic); tell whether any moved something."""
         moved = False
         for owner in list(self._busy):
-            if owner not in self._busy:
+            if owner not in self._busy:  # an earlier one has removed it
                 continue
             pump = owner.pump
             before = pump.written
@@ -330,8 +339,9 @@ class Pumps:
             except OSError as error:
                 # Nothing that we know of; the bytes are where they were, and trying for ever at once would spin.
                 pump.refusal, step = error, Step.FULL
-            if step is not Step.MORE:
-                self._busy.pop(owner, None)
+            self._busy.pop(owner, None)
+            if step is Step.MORE:
+                self._busy[owner] = None  # behind those that had no turn yet
             if pump.written != before:
                 moved = True
                 if step is not Step.FULL:
@@ -344,6 +354,8 @@ class Pumps:
                 owner.terminal_closed()
             elif step is Step.DRY:
                 owner.terminal_dry()
+            if time.monotonic() >= until:
+                break
         return moved
 
     def _retry(self, owner: Owner) -> None:
