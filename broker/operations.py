@@ -53,6 +53,7 @@ class Operations:
         self._mode = mode
         self._stop = stop
         self._started = time.time_ns()
+        self._version = metadata.version("outlive")  # it reads files
         self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
             messages.ExecCommand: self.exec_command,
             messages.WriteStdin: self.write_stdin,
@@ -257,7 +258,7 @@ class Operations:
         states = [entry.state for entry in self._threads.entries()]
         phases = [thread.life.phase for thread in self._threads.threads.values()]
         return {
-            "version": metadata.version("outlive"),
+            "version": self._version,
             "protocol": messages.VERSION,
             "broker_pid": os.getpid(),
             "keeper_pid": None,
