@@ -162,6 +162,12 @@ class Broker:
         self._watch_worker(pidfd, thread_id, epoch, pid, ours=True)
         return pid, pidfd
 
+    def kill_worker(self, pid: int) -> None:
+        """Kill one of our workers, by its pidfd."""
+        for pidfd, (worker, *_) in self._workers.items():
+            if worker == pid:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
     # Workers.
 
     def _watch_worker(self, pidfd: int, thread_id: str, epoch: int, pid: int, *, ours: bool) -> None:
@@ -306,7 +312,8 @@ class Broker:
         elif role == "worker":
             thread_id, epoch = message.get("thread"), message.get("epoch")
             known = {(pid, thread, number) for pid, thread, number, _ in self._workers.values()}
-            if (peer.pid, thread_id, epoch) not in known:
+            there = peer.pidfd is not None and kernel.pidfd_pid(peer.pidfd) == peer.pid
+            if not there or (peer.pid, thread_id, epoch) not in known:
                 raise PeerError(f"process {peer.pid} is not the worker of {thread_id!r:.80} epoch {epoch!r:.20}")
             token = peer.admit("worker", str(thread_id), int(epoch or 0))
         else:

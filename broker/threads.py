@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
@@ -82,6 +81,9 @@ class World(Protocol):
 
     def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
         """Start a worker; return its pid and a pidfd, which stays the loop's.  Raises `OSError`."""
+
+    def kill_worker(self, pid: int) -> None:
+        """Kill a worker."""
 
     def transmit(self, peer: Peer, frame: bytes) -> None:
         """Send a frame; raises `zmq.ZMQError`."""
@@ -525,8 +527,7 @@ class ThreadManager:
                 mine = [e for e in thread.entries.values() if e.custody.holder is Holder.WORKER]
                 self.dismiss(thread)
                 if thread.worker_pid:
-                    with suppress(ProcessLookupError):
-                        os.kill(thread.worker_pid, signal.SIGKILL)  # our own child, not yet reaped
+                    self._world.kill_worker(thread.worker_pid)
                 await self.gone(thread)
                 await self._end(mine, "shutdown")
             except OutliveError:
