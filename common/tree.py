@@ -19,11 +19,13 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-
-import psutil
+from typing import TYPE_CHECKING
 
 from . import kernel
 from .launch import MARK, ROLE
+
+if TYPE_CHECKING:
+    import psutil
 
 # Seconds between two looks while a killed tree goes down, and how many looks; a process in uninterruptible
 # sleep dies later.
@@ -47,6 +49,8 @@ def root(mark: str, pidfd: int) -> Root:
 
 def members(start: Root) -> list[psutil.Process]:
     """Return every living process of the tree, in no special order."""
+    import psutil  # late: a worker that only starts and reads should be up sooner
+
     found: dict[int, psutil.Process] = {}
     children: dict[int, list[psutil.Process]] = {}
     ours: set[int] = set()
