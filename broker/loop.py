@@ -140,7 +140,9 @@ class Broker:
         if event != "delta":
             self._recent.append({name: value for name, value in table.items() if name != "output"})
         with suppress(zmq.ZMQError):
-            self._events.send([b"delta" if event == "delta" else b"event", msgpack.packb(table)])
+            self._events.send(
+                [b"delta" if event == "delta" else b"event", msgpack.packb(table, unicode_errors="surrogateescape")]
+            )
 
     def descriptors_left(self) -> int:
         """Return how many descriptors may still be opened before the reserve.
@@ -441,3 +443,6 @@ class Broker:
         if frame[1:] in (b"delta", b""):
             self.deltas_wanted = frame[:1] == b"\1"
             self.threads.want_deltas(self.deltas_wanted)
+        elif frame.startswith(b"\1" + messages.READY_TOPIC):
+            with suppress(zmq.ZMQError):
+                self._events.send([frame[1:], b""])

@@ -24,13 +24,18 @@ VERSION = 1
 CHARS_MAX = 1 << 20
 # Bytes of a transcript in one reply.
 READ_MAX = 1 << 20
+# Beyond every transcript's end.
+OFFSET_MAX = (1 << 62) - 1
+# A subscription to a topic that starts with this is sent back, to it alone: it and those before it are in force.
+READY_TOPIC = b"ready-"
 
-Text = Annotated[str, msgspec.Meta(max_length=256)]
+# No lone surrogates: these become part of headers and file contents.
+Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\ud800-\udfff]*\Z")]
 Name = Annotated[str, msgspec.Meta(max_length=100_000)]  # checked by `paths`, with an error of its own
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=86_400_000)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Cells = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
-Offset = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Offset = Annotated[int, msgspec.Meta(ge=0, le=OFFSET_MAX)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 SignalNumber = Annotated[int, msgspec.Meta(ge=1, le=64)]
 

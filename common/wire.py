@@ -34,8 +34,16 @@ T = TypeVar("T")
 
 
 def encode(message: Request | Reply) -> bytes:
-    """Return a frame; raises `BadRequest` when it would exceed `FRAME_MAX`."""
-    raw: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    """Return a frame; raises `BadRequest` when it would exceed `FRAME_MAX`, or has text that is no Unicode.
+
+    What Python makes of a file name or an argument that is not UTF-8 (`surrogateescape`) travels as it is.
+    """
+    try:
+        raw: bytes = msgpack.packb(
+            msgspec.to_builtins(message, builtin_types=(bytes,)), unicode_errors="surrogateescape"
+        )
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"text with a lone surrogate: {error.object!r:.80}") from None
     if len(raw) > FRAME_MAX:
         raise BadRequest(f"message of {len(raw)} bytes; at most {FRAME_MAX} are sent")
     return raw
@@ -49,6 +57,7 @@ def decode(frame: bytes) -> Request | Reply:
         table = msgpack.unpackb(
             frame,
             strict_map_key=False,
+            unicode_errors="surrogateescape",
             max_array_len=ENTRIES_MAX,
             max_map_len=ENTRIES_MAX,
             max_ext_len=0,
