@@ -36,7 +36,7 @@ from .archive import Record
 from .custody import Holder, State
 from .lifecycle import Phase
 from .peers import WorkerGone
-from .threads import Entry, Thread, ThreadManager, World
+from .threads import Entry, Thread, ThreadManager, World, rfc3339
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
 _ENDING = {1, 2, 3, 6, 9, 15}
@@ -273,7 +273,7 @@ class Operations:
             },
             "transcript_mode": self._mode,
             "descriptors_left": self._world.descriptors_left(),
-            "started_at": self._started,
+            "started_at": rfc3339(self._started),
         }
 
     # Acting on processes.

@@ -17,7 +17,6 @@ import asyncio
 import itertools
 import os
 import secrets
-import select
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,11 +26,12 @@ import msgpack
 import msgspec
 import zmq
 
-from . import channel, kernel, launch, wire
+from . import channel, kernel, launch, messages, wire
 from .channel import Channel
-from .errors import BadRequest, Interrupted, PeerError, Unavailable
+from .errors import BadRequest, HandoffError, Interrupted, PeerError, Unavailable
 from .messages import (
     CHARS_MAX,
+    OFFSET_MAX,
     Body,
     Clean,
     CreateThread,
@@ -67,6 +67,8 @@ MARGIN = 60.0
 # Seconds until a broker that is being started has to answer.
 START_DEADLINE = 20.0
 _LOOK = 0.01
+# Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
+FOLLOW_MS = 3_600_000
 
 T = TypeVar("T")
 
@@ -199,7 +201,7 @@ class Host:
         pidfd = os.pidfd_open(pid)
         try:
             answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
-            await asyncio.to_thread(select.select, [pidfd], [], [], MARGIN)
+            await _readable(pidfd, MARGIN)
         finally:
             os.close(pidfd)
         return answer
@@ -208,28 +210,46 @@ class Host:
         """Return the last events, oldest first, deltas left out."""
         return await self.call(RecentEvents(), list[dict[str, Any]])
 
-    async def events(self, *, deltas: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """Yield events as they happen; `deltas`: output too.  Ends when the broker does.
+    async def events(self, *, deltas: bool = False, recent: bool = False) -> AsyncIterator[dict[str, Any]]:
+        """Yield events as they happen; `deltas`: output too; `recent`: the last ones first.
 
-        `seq` counts all events: a jump means that this subscriber was too slow, or leaves deltas out.
+        Ends when the broker does.  `seq` counts all events: a jump means that this subscriber was too slow, or
+        leaves deltas out.
         """
         connection = await self._connected()
-        arrived: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        arrived: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         socket = wire.new_socket(self._context, zmq.SUB)
-        for topic in (b"event", b"delta")[: 1 + deltas]:
+        # Subscriptions travel.  The broker sends this one back when it has taken it in, and so those before it:
+        # no event of now falls between the recent ones and the coming ones.
+        ready = messages.READY_TOPIC + secrets.token_hex(8).encode()
+        for topic in (b"event", *[b"delta"][: int(deltas)], ready):
             socket.setsockopt(zmq.SUBSCRIBE, topic)
+
+        def receive(frames: list[bytes]) -> None:
+            arrived.put_nowait(
+                None if frames[0] == ready else msgpack.unpackb(frames[-1], unicode_errors="surrogateescape")
+            )
+
         with SocketPath(self.paths.events) as address:
             socket.connect(f"ipc://{address}")
-            port = wire.Port(socket, lambda frames: arrived.put_nowait(msgpack.unpackb(frames[-1])))
+            port = wire.Port(socket, receive)
             lost = asyncio.create_task(connection.lost.wait())
+            last = 0
             try:
                 while True:
-                    event = asyncio.create_task(arrived.get())
-                    await asyncio.wait({event, lost}, return_when=asyncio.FIRST_COMPLETED)
-                    if not event.done():
-                        event.cancel()
+                    coming = asyncio.create_task(arrived.get())
+                    await asyncio.wait({coming, lost}, return_when=asyncio.FIRST_COMPLETED)
+                    if not coming.done():
+                        coming.cancel()
                         return
-                    yield event.result()
+                    event = coming.result()
+                    if event is not None:
+                        if event["seq"] > last:
+                            yield event
+                    elif recent:
+                        for event in await self.recent_events():
+                            last = event["seq"]
+                            yield event
             finally:
                 lost.cancel()
                 port.close()
@@ -292,8 +312,11 @@ class Host:
     async def _greet(self, link: Channel) -> str:
         try:
             await link.send_async("hello", role="client", pid=os.getpid())
-            packet = await asyncio.to_thread(link.receive_within, START_DEADLINE)
-        except (OSError, TimeoutError) as error:
+            # Not in a thread: a caller that gives up would have to wait for it.
+            if not await _readable(link.fileno(), START_DEADLINE):
+                raise Unavailable(f"the broker does not answer within {START_DEADLINE:.0f} s; see {self.paths.log}")
+            packet = link.receive()
+        except (OSError, HandoffError) as error:
             raise Unavailable(f"the broker does not answer: {error}") from None
         if packet is None:
             raise Unavailable("the broker hung up during the handshake; it may be ending: try again")
@@ -389,6 +412,20 @@ class Thread:
         body = ReadOutput(thread=self.thread_id, process_id=process_id, offset=offset, wait_ms=wait_ms)
         return await self.host.call(body, Output, wait_ms / 1000 + MARGIN)
 
+    async def follow(self, process_id: str, offset: int = 0) -> AsyncIterator[Output]:
+        """Yield the kept output from `offset` on, and what comes, without delivering it; ends with the process.
+
+        The last one says `ended`, with the outcome.
+        """
+        while True:
+            output = await self.read_output(process_id, offset, wait_ms=FOLLOW_MS)
+            offset = output.next_offset
+            if output.ended and offset >= output.written:
+                yield output
+                return
+            if output.pieces or output.gaps:
+                yield output
+
     async def output(self, process_id: str) -> bytes:
         """Return all kept output, without what was dropped between head and tail."""
         pieces, offset = [], 0
@@ -404,7 +441,14 @@ class Thread:
         return await self.host.call(ListProcesses(thread=self.thread_id, ended=ended), list[ProcessRow])
 
     async def wait(self, process_id: str, timeout: float | None = None) -> Outcome:
-        """Wait for a process's end and return its outcome; raises `TimeoutError` after `timeout` seconds."""
+        """Wait for a process's end and return its outcome; raises `TimeoutError` after `timeout` seconds.
+
+        What has ended answers also within no time: `timeout=0` asks whether it has.
+        """
+        if timeout is not None:
+            now = await self.read_output(process_id, OFFSET_MAX)
+            if now.ended and (known := outcome_from_wire(now.outcome)):
+                return known
         body = Wait(thread=self.thread_id, process_id=process_id)
         async with asyncio.timeout(timeout):
             answer = await self.host.call(body, dict[str, Any], None)
@@ -483,8 +527,38 @@ def _start_broker(paths: Paths) -> str:
         os.close(ready)
 
 
+async def _readable(fd: int, seconds: float) -> bool:
+    """Wait until `fd` is readable; false after `seconds`."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await readable.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+    return True
+
+
 def to_builtins(value: Any) -> Any:
-    """Return plain lists and dicts of what a method returned, as `--json` prints them."""
+    """Return plain lists and dicts of what a method returned, as `--json` prints them.
+
+    Bytes become text; what is no UTF-8, there or in a file name, becomes replacement characters.
+    """
     if isinstance(value, Outcome):
         return value.to_wire()
-    return msgspec.to_builtins(value)
+    return _textual(msgspec.to_builtins(value, builtin_types=(bytes,)))
+
+
+def _textual(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {_textual(name): _textual(content) for name, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_textual(item) for item in value]
+    return value

@@ -1,6 +1,6 @@
 """Everything a person runs.
 
-    cli      `outlive`, the command line.
+    cli      `outlive`, the command line; its header names the modules that it is made of.
     demo     the main job on real input, told as a story; checks each of its claims.
     home     an OUTLIVE_HOME for one run of the next two, emptied and removed at its end.
     chaos    random deaths under flood; prints what was lost, which must be nothing.

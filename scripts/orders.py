@@ -1,0 +1,227 @@
+"""The commands that change something: the broker, processes, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .arguments import Signal, Size, ThreadName
+from .frame import (
+    Process,
+    command,
+    in_thread,
+    key_of,
+    process_argument,
+    processes_argument,
+    show,
+    thread_argument,
+    thread_of,
+    thread_table,
+    with_host,
+)
+
+if TYPE_CHECKING:
+    from ..common.client import Host
+    from ..common.messages import ThreadRow
+
+# The broker.
+
+
+@command()
+def up(as_json: bool) -> None:
+    """Start the broker, if none runs yet.
+
+    Rarely needed: every command that needs the broker starts it.
+
+    \b
+    Example: outlive up
+    """
+    status = with_host(lambda host: host.status())
+    show(status, as_json, f"the broker runs: pid {status['broker_pid']}, version {status['version']}")
+
+
+@command()
+@click.option("--force", is_flag=True, help="End all processes first.")
+def down(force: bool, as_json: bool) -> None:
+    """End the broker.
+
+    It has gone when this returns. Refuses, naming them, while processes live.
+
+    \b
+    Example: outlive down --force
+    """
+    from ..common.errors import Unavailable
+    from ..common.paths import Paths
+
+    try:
+        answer = with_host(lambda host: host.down(force=force), start=False)
+    except Unavailable:
+        if Paths.from_environment().channel.exists():  # one that died left it, one that is stuck holds the lock
+            raise
+        answer = {"ended": []}
+    ended = answer["ended"]
+    show(answer, as_json, "the broker is down" + (f"; ended {', '.join(ended)}" if ended else ""))
+
+
+# Acting on processes.
+
+
+@command()
+@in_thread
+@processes_argument
+@click.option("-s", "--signal", type=Signal(), default="TERM", help="The signal; default: TERM.")
+@click.option("--after", type=click.FloatRange(0), metavar="S", help="Kill what still lives after S seconds.")
+@click.option("--foreground", is_flag=True, help="Signal only what runs in the foreground of its terminal.")
+def kill(
+    thread: str | None,
+    processes: Sequence[Process],
+    signal: int,
+    after: float | None,
+    foreground: bool,
+    as_json: bool,
+) -> None:
+    """Signal processes and what they have started.
+
+    Nothing follows the signal unless --after is given.
+
+    \b
+    Examples: outlive kill 4711 --after 5
+              outlive kill -s INT --foreground 4711
+    """
+    from ..common.outcome import signal_name
+
+    by_thread: dict[str, list[str]] = {}
+    for thread_id, process_id in dict.fromkeys(key_of(process, thread) for process in processes):
+        by_thread.setdefault(thread_id, []).append(process_id)
+
+    async def work(host: Host) -> list[dict[str, Any]]:
+        import asyncio
+
+        answers = await asyncio.gather(
+            *(
+                thread_of(host, thread_id).kill(*ids, signal=signal, foreground=foreground, after=after)
+                for thread_id, ids in by_thread.items()
+            )
+        )
+        return [row for rows in answers for row in rows]
+
+    rows = with_host(work)
+    lines = []
+    for row in rows:
+        count = row["signalled"]
+        done = f"{signal_name(row['signal'])} sent to {count} process{'' if count == 1 else 'es'} of its tree"
+        lines.append(f"{row['thread']}/{row['process_id']}: {done if count else 'has ended, nothing to signal'}")
+    show(rows, as_json, "\n".join(lines))
+
+
+@command()
+@in_thread
+@process_argument
+@click.argument("size", type=Size(), metavar="COLSxROWS")
+def resize(thread: str | None, process: Process, size: tuple[int, int], as_json: bool) -> None:
+    """Set the size of a process's terminal.
+
+    \b
+    Example: outlive resize 4711 120x40
+    """
+    thread_id, process_id = key_of(process, thread)
+    answer = with_host(lambda host: thread_of(host, thread_id).resize(process_id, *size))
+    show(answer, as_json, f"{thread_id}/{process_id}: {answer['columns']}x{answer['rows']}")
+
+
+# Acting on threads.
+
+
+def _counted(count: int, ids: Sequence[str]) -> str:
+    named = f": {', '.join(ids)}" if ids else ""
+    return f"{count} process{'' if count == 1 else 'es'}{named}"
+
+
+@command()
+@thread_argument
+@click.option("--keep-worker", is_flag=True, help="Leave the thread's worker up.")
+def detach(thread: str, keep_worker: bool, as_json: bool) -> None:
+    """Put a thread to sleep.
+
+    Its processes go to the broker and run on, its worker ends.
+
+    \b
+    Example: outlive detach build
+    """
+    answer = with_host(lambda host: thread_of(host, thread).detach(keep_worker=keep_worker))
+    show(answer, as_json, f"detached {_counted(answer.process_count, answer.process_ids)}")
+
+
+@command()
+@thread_argument
+def resume(thread: str, as_json: bool) -> None:
+    """Wake a thread.
+
+    Its next worker starts, and takes its processes back.
+
+    \b
+    Example: outlive resume build
+    """
+    row = with_host(lambda host: thread_of(host, thread).resume())
+    text = (
+        f"thread {row.thread} is {row.state}: worker {row.worker_pid}, epoch {row.epoch}, {row.attached} attached"
+    )
+    show(row, as_json, text)
+
+
+@command()
+@thread_argument
+def reattach(thread: str, as_json: bool) -> None:
+    """Give detached processes to a worker that is up.
+
+    As after `detach --keep-worker`; without a worker it is an error, see `resume`.
+
+    \b
+    Example: outlive reattach build
+    """
+    answer = with_host(lambda host: thread_of(host, thread).reattach())
+    text = f"reattached {_counted(answer.reattached_count, [])}"
+    if answer.skipped_count:
+        text += f"; skipped {_counted(answer.skipped_count, answer.skipped_process_ids)}"
+    show(answer, as_json, text)
+
+
+@command()
+@thread_argument
+def clean(thread: str, as_json: bool) -> None:
+    """End a thread's detached processes.
+
+    Attached ones are left alone.
+
+    \b
+    Example: outlive clean build
+    """
+    answer = with_host(lambda host: thread_of(host, thread).clean())
+    show(answer, as_json, f"ended {_counted(answer.process_count, answer.process_ids)}")
+
+
+@command()
+@click.argument("thread", type=ThreadName(), required=False, metavar="[THREAD]")
+@click.option("--all", "everything", is_flag=True, help="End the thread's detached processes too.")
+def shutdown(thread: str | None, everything: bool, as_json: bool) -> None:
+    """End a thread's worker and processes.
+
+    Its detached processes are left alone, unless --all is given. Without THREAD this ends everything of every
+    thread.
+
+    \b
+    Example: outlive shutdown build --all
+    """
+
+    async def work(host: Host) -> list[ThreadRow]:
+        if thread is None:
+            return await host.shutdown()
+        return [await thread_of(host, thread).shutdown(all=everything)]
+
+    rows = with_host(work)
+    if as_json:
+        show(rows if thread is None else rows[0], True, "")
+    else:
+        thread_table(rows)
