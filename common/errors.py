@@ -111,6 +111,14 @@ BY_KIND: dict[str, type[OutliveError]] = {
 }
 
 
+def shown(value: object) -> str:
+    """Return a value that a peer sent, for an error's text: short, and never deeper than its type."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        text = repr(value[:40] if isinstance(value, str | bytes) else value)
+        return text if len(text) <= 80 else f"{text[:80]}…"
+    return f"a {type(value).__name__}"
+
+
 def from_wire(kind: str, message: str, stage: str | None = None) -> OutliveError:
     """Return the error that a reply names; an unknown `kind` (a newer peer) is a plain `OutliveError`."""
     if kind == SpawnError.kind:

@@ -128,8 +128,9 @@ class Pump:
         """Move input until the inlet is empty or the terminal full; tell whether some is left."""
         splice, inlet, terminal = os.splice, self.handles.inlet_read, self.handles.terminal
         try:
-            while True:
-                splice(inlet, terminal, PIPE_CHUNK)
+            while splice(inlet, terminal, PIPE_CHUNK):
+                pass
+            return False  # nobody can write into the inlet any more
         except BlockingIOError:
             return _waiting(inlet)
         except OSError as error:
@@ -184,6 +185,8 @@ class CopyingPump(Pump):
             while True:
                 if not self._to_type:
                     self._to_type = memoryview(os.read(self.handles.inlet_read, TERMINAL_CHUNK))
+                    if not self._to_type:
+                        return False  # nobody can write into the inlet any more
                 typed = os.write(self.handles.terminal, self._to_type)
                 self._to_type = self._to_type[typed:]
         except BlockingIOError:
@@ -241,6 +244,7 @@ class Pumps:
         self._watched: dict[int, Callable[[], None]] = {}
         self._busy: dict[Owner, None] = {}
         self._typing: set[Owner] = set()
+        self._full: set[Owner] = set()
         self._scheduled = False
         loop.add_reader(self._epoll.fileno(), self._readable)
 
@@ -284,6 +288,7 @@ class Pumps:
         self._watched.clear()
         self._busy.clear()
         self._typing.clear()
+        self._full.clear()
         self._epoll.close()
 
     def _watch(self, fd: int, ready: Callable[[], None]) -> None:
@@ -310,6 +315,8 @@ class Pumps:
             self._ready()
 
     def _ready(self) -> None:
+        if self._epoll.closed:
+            return
         watched, poll, clock = self._watched, self._epoll.poll, time.monotonic
         until = clock() + SLICE
         events = poll(0, 256)
@@ -349,7 +356,9 @@ class Pumps:
                 pump.transcript.trim(pump.written)
                 owner.output_moved()
             if step is Step.FULL:
-                self._loop.call_later(FULL_RETRY, self._retry, owner)
+                if owner not in self._full:
+                    self._full.add(owner)
+                    self._loop.call_later(FULL_RETRY, self._retry, owner)
             elif step is Step.CLOSED:
                 owner.terminal_closed()
             elif step is Step.DRY:
@@ -359,7 +368,8 @@ class Pumps:
         return moved
 
     def _retry(self, owner: Owner) -> None:
-        if owner.pump.handles.terminal in self._watched:
+        if owner in self._full:  # else it was removed; whoever holds the process now has retries of its own
+            self._full.discard(owner)
             self.kick(owner)
 
     def _terminal_ready(self, owner: Owner) -> None:
@@ -380,3 +390,4 @@ class Pumps:
     def _forget(self, owner: Owner) -> None:
         self._busy.pop(owner, None)
         self._typing.discard(owner)
+        self._full.discard(owner)
