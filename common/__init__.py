@@ -2,13 +2,13 @@
 
 Read in this order; a module imports only from those above it.
     errors       what can go wrong, sorted by what the catcher does next.
+    paths        where runtime, state and configuration live; names that may become file names.
     kernel       the few Linux calls that Python lacks: the only ctypes and ioctl of the project.
     outcome      how a process ended; never a made-up number.
     descriptors  the descriptors of one process, owned, closed exactly once.
     transcript   a memfd with a header: everything a process printed, by offset, for ever.
     pump         terminal → transcript and input → terminal, without holding a byte.
     ending       who can know how a process ended, asked in order.
-    paths        where runtime, state and configuration live; names that may become file names.
     channel      descriptors between processes: SOCK_SEQPACKET, with peers checked by the kernel.
     launch       starting a process of our own; the names that children carry.
     config       the configuration file.

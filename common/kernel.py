@@ -25,6 +25,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _KCMP_FILE = 0
 _KCMP_NUMBER = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "ppc64le": 354, "s390x": 343}
 _MFD_NOEXEC_SEAL = 0x08
+# What MFD_NOEXEC_SEAL sets.
+_F_SEAL_EXEC = 0x20
 _SO_PEERPIDFD = 77
 _TIOCSIG = 0x40045436
 # _IOWR(0xFF, 11, struct pidfd_info), for the struct's first published size of 64 bytes.
@@ -101,10 +103,10 @@ def seals(fd: int) -> int:
 
 
 def is_sealed_memfd(fd: int) -> bool:
-    """Tell whether `fd` is a memfd with the seals that `seal` sets."""
+    """Tell whether `fd` is a memfd with the seals that `seal` sets, and none that keeps it from growing."""
     wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     try:
-        return seals(fd) & wanted == wanted
+        return seals(fd) & ~_F_SEAL_EXEC == wanted
     except OSError:
         return False
 
@@ -200,10 +202,39 @@ def is_dead(pid: int, started: int) -> bool:
     return fields is None or int(fields[19]) != started or fields[0] in (b"Z", b"X")
 
 
+def child_status(pidfd: int) -> int | None:
+    """Return the wait status of an ended child of ours, which stays to be reaped; `None` for any other."""
+    try:
+        found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    if found is None:
+        return None
+    # Here `waitid` tells code and signal apart, which a wait status has in two bytes.
+    return found.si_status << 8 if found.si_code == os.CLD_EXITED else found.si_status
+
+
 def zombie_status(pid: int) -> int | None:
-    """Return the wait status of `pid` if it is a zombie of a user we may inspect, else `None`."""
+    """Return the wait status of `pid` if it is a zombie of a user we may inspect, else `None`.
+
+    Of others, such as a setuid program, the kernel shows 0 in this field, which is no answer.
+    """
     fields = _stat_fields(pid)
-    return int(fields[49]) if fields and fields[0] == b"Z" else None
+    if not fields or fields[0] != b"Z":
+        return None
+    status = int(fields[49])
+    return status if status or os.geteuid() == 0 or _is_like_us(pid) else None
+
+
+def _is_like_us(pid: int) -> bool:
+    """Tell whether all user and group ids of `pid` are ours."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = dict(line.split(b":", 1) for line in file if b":" in line)
+    except OSError:
+        return False
+    users, groups = ([int(number) for number in lines[name].split()] for name in (b"Uid", b"Gid"))
+    return set(users) == {os.geteuid()} and set(groups) == {os.getegid()}
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int]:

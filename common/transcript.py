@@ -48,8 +48,9 @@ from typing import Any
 import msgpack
 
 from . import kernel
-from .errors import PeerError
+from .errors import BadRequest, PeerError, shown
 from .outcome import BYS, KINDS, By, Outcome
+from .paths import check_process, check_thread
 
 MAGIC = b"OUTLIVE\0"
 VERSION = 1
@@ -158,20 +159,32 @@ class Facts:
 
     def _check(self) -> None:
         limits = self.limits
-        texts: tuple[Any, ...] = (self.thread_id, self.process_id, self.call_id, self.mark, self.boot_id)
-        raws: tuple[Any, ...] = (*self.argv, self.cwd)
-        numbers: tuple[Any, ...] = (self.columns, self.rows, self.started_at_ns, limits.head, limits.tail)
-        sizes: tuple[Any, ...] = (limits.unread, limits.slack - PAGE)
-        sound = (
-            all(isinstance(text, str) for text in texts)
-            and all(isinstance(raw, bytes) for raw in raws)
-            and all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers + sizes)
-            and self.process_id.isascii()
-            and self.process_id.isdecimal()
-            and self.tty in (True, False)
-        )
-        if not sound:
-            raise PeerError(f"transcript header: a field has a wrong type or value in {self!r:.500}")
+        for name, wanted in (("thread_id", str), ("process_id", str), ("call_id", str), ("mark", str)):
+            _demand(name, getattr(self, name), wanted)
+        _demand("boot_id", self.boot_id, str)
+        _demand("cwd", self.cwd, bytes)
+        _demand("tty", self.tty, bool)
+        for word in self.argv:
+            _demand("argv", word, bytes)
+        for name in ("columns", "rows", "started_at_ns"):
+            _demand(name, getattr(self, name), int)
+        for name in ("head", "tail", "unread", "slack"):
+            _demand(name, getattr(limits, name), int)
+        if limits.slack < PAGE:
+            raise PeerError(f"transcript header: slack is {limits.slack}, less than a page")
+        try:
+            check_thread(self.thread_id)
+            check_process(self.process_id)
+        except BadRequest as error:
+            raise PeerError(f"transcript header: {error}") from None
+
+
+def _demand(name: str, value: Any, wanted: type) -> None:
+    sound = type(value) is wanted  # not isinstance: a bool is no number
+    if isinstance(value, int):
+        sound = sound and 0 <= value < 1 << 62
+    if not sound:
+        raise PeerError(f"transcript header: field {name!r} is {shown(value)}, not a sound {wanted.__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +328,9 @@ class Transcript:
         ended_by = BYS[by - 1] if by else None
         outcome = None
         if ended:
+            # A wait status knows no other values, so nobody but a damaged or lying holder wrote them.
+            if KINDS[kind] != "lost" and not 0 <= value <= 255:
+                raise PeerError(f"transcript header: {KINDS[kind]} with {value}")
             outcome = _outcome(kind, value, reason, ended_by)
         return Live(
             pid,
@@ -358,7 +374,7 @@ class Transcript:
         if self.live().outcome is not None:
             return
         value = outcome.code if outcome.kind == "exited" else outcome.signal
-        reason = (outcome.reason or "").encode()[:127]
+        reason = (outcome.reason or "").encode("utf-8", "replace")[:127].decode("utf-8", "ignore").encode()
         if outcome.by:
             self.record_by(outcome.by)
         os.pwrite(self.fd, reason.ljust(128, b"\0"), _REASON_AT)
