@@ -32,7 +32,7 @@ import msgpack
 
 from . import kernel
 from .descriptors import ROLES, Handles
-from .errors import HandoffError, PeerError
+from .errors import HandoffError, PeerError, shown
 from .paths import SocketPath
 
 VERSION = 1
@@ -139,7 +139,7 @@ class Channel:
                 raise PeerError(f"packet cut short: {len(raw)} bytes and {len(fds)} descriptors arrived")
             message = unpack(raw)
             if message["fds"] != len(fds):
-                raise PeerError(f"packet promises {message['fds']!r} descriptors and carries {len(fds)}")
+                raise PeerError(f"packet promises {message['fds']} descriptors and carries {len(fds)}")
         except PeerError:
             _close(fds)
             raise
@@ -183,7 +183,7 @@ def unpack(raw: bytes) -> dict[str, Any]:
         raise PeerError(f"packet is a {type(message).__name__}, not a map")
     for name, wanted in (("v", int), ("kind", str), ("fds", int)):
         if not isinstance(message.get(name), wanted):
-            raise PeerError(f"packet field {name!r} is {message.get(name)!r:.100}, not of type {wanted.__name__}")
+            raise PeerError(f"packet field {name!r} is {shown(message.get(name))}, not of type {wanted.__name__}")
     return message
 
 
@@ -229,15 +229,16 @@ def parcels(handles: dict[tuple[str, str], dict[str, int]]) -> list[dict[tuple[s
 def open_parcel(packet: Packet) -> dict[tuple[str, str], Handles]:
     """Return the handles in a parcel, now the caller's; raises `PeerError`, closing all, if they do not fit."""
     try:
-        rows = [(str(thread), str(process), list(roles)) for thread, process, roles in packet.message["processes"]]
+        rows = [(thread, process, list(roles)) for thread, process, roles in packet.message["processes"]]
         named = [role for _, _, roles in rows for role in roles]
         if (
             len(named) != len(packet.fds)
             or any(role not in ROLES for role in named)
+            or any(type(name) is not str for thread, process, _ in rows for name in (thread, process))
             or len({(thread, process) for thread, process, _ in rows}) != len(rows)
             or any(len(set(roles)) != len(roles) for _, _, roles in rows)
         ):
-            raise PeerError(f"parcel names {len(named)} descriptors and carries {len(packet.fds)}")
+            raise PeerError(f"parcel carries {len(packet.fds)} descriptors and does not name each of them once")
     except (KeyError, TypeError, ValueError) as error:
         packet.close()
         raise PeerError(f"parcel not understood: {error!r}") from None
@@ -260,11 +261,15 @@ def listen(path: Path) -> socket.socket:
     """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with SocketPath(path) as address:
-        listener.bind(address)
-    path.chmod(0o600)
-    listener.listen(128)
-    listener.setblocking(False)
+    try:
+        with SocketPath(path) as address:
+            listener.bind(address)
+        path.chmod(0o600)
+        listener.listen(128)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
     return listener
 
 
