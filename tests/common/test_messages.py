@@ -1,0 +1,27 @@
+"""The message types that do something; how they travel is in test_wire."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlive.common.messages import DetachedProcessSummary, ReattachSummary, Welcome, outcome_from_wire
+from outlive.common.outcome import Outcome
+
+
+@given(st.sets(st.integers(1, 9_999_999_999).map(str), max_size=50))
+def test_the_ids_a_thread_has_used_arrive(ids: set[str]) -> None:
+    welcome = Welcome.of(ids, deltas=True)
+    assert welcome.ids() == ids
+    assert len(welcome.used) == 5 * len(ids)
+
+
+def test_summaries_sort_their_ids_as_strings() -> None:
+    assert DetachedProcessSummary.of(["9", "100000", "1000"]) == DetachedProcessSummary(3, ["1000", "100000", "9"])
+    assert ReattachSummary.of(2, ["9", "10"]) == ReattachSummary(2, 2, ["10", "9"])
+
+
+def test_an_outcome_comes_back_from_a_reply() -> None:
+    outcome = Outcome("signaled", signal=9, by="pruned")
+    assert outcome_from_wire(outcome.to_wire()) == outcome
+    assert outcome_from_wire(None) is None
