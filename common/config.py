@@ -46,5 +46,5 @@ def load(path: Path) -> Config:
 
     try:
         return msgspec.convert(tomllib.loads(text), Config, strict=True)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
         raise BadRequest(f"configuration {path}: {error}") from None

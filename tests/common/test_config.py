@@ -1,0 +1,53 @@
+"""The configuration file: missing is fine, wrong is an error that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from outlive.common.config import Config, load
+from outlive.common.errors import BadRequest
+
+
+def test_a_missing_file_means_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path / "config.toml") == Config()
+    (tmp_path / "file").touch()
+    assert load(tmp_path / "file" / "config.toml") == Config()
+    assert (Config().max_processes, Config().warn_at, Config().when_full) == (64, 60, "prune")
+    assert (Config().ended_keep_hours, Config().ended_keep_count) == (24, 1000)
+
+
+def test_what_the_file_says_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('max_processes = 3\nwhen_full = "refuse"\nended_keep_hours = 1\nseed = 7\npump = "copied"\n')
+    assert load(path) == Config(max_processes=3, when_full="refuse", ended_keep_hours=1.0, seed=7, pump="copied")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("max_processes = 0", r">= 1 - at `\$.max_processes`"),
+        ('max_processes = "64"', r"got `str` - at `\$.max_processes`"),
+        ('when_full = "explode"', r"'explode' - at `\$.when_full`"),
+        ("ended_keep_hours = nan", r"`\$.ended_keep_hours`"),
+        ("max_proceses = 3", "unknown field `max_proceses`"),
+        ("max_processes = ", "Invalid value"),
+        ("x = " + "[" * 5000, "recursion|nest"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name_and_field(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(BadRequest, match=complaint) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(BadRequest, match="utf-8"):
+        load(path)
+    with pytest.raises(BadRequest, match="Is a directory"):
+        load(tmp_path)
