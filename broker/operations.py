@@ -75,6 +75,8 @@ class Operations:
 
     async def carry_out(self, body: Body, deadline: float | None) -> Any:
         """Do what a client asks, and return the result."""
+        if not isinstance(body, messages.Status | messages.CreateThread):
+            await self._threads.survivors_reported(getattr(body, "thread", None))
         return await self._by_type[type(body)](body, deadline)
 
     # The two tools.

@@ -67,6 +67,9 @@ from .peers import Peer, WorkerGone
 HANDOFF_DEADLINE = 30.0
 # Seconds that a worker, told to end everything, has before its processes are ended without it.
 TERMINATE_DEADLINE = 10.0
+# Seconds after its start that a broker waits for the workers that survived the former one.  They try again at least
+# every five (`Link`).
+SURVIVORS_DEADLINE = 10.0
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
 _SEND_PAUSE = 0.002
@@ -171,6 +174,8 @@ class Thread:
         # One handoff at a time; and the one that a new worker begins with.
         self.handoff = asyncio.Lock()
         self.taking_back: asyncio.Task[None] | None = None
+        # Whether its worker survived a former broker and has not reported yet: its processes are not known before.
+        self.expected = False
 
     def entry_of_call(self, call_id: str) -> Entry | None:
         """Return the process that this call started, if it is still held."""
@@ -203,6 +208,7 @@ class ThreadManager:
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._survivors_until = asyncio.get_running_loop().time() + SURVIVORS_DEADLINE
         for folder in sorted(paths.threads.iterdir()):
             if folder.is_dir():
                 self.create(folder.name)
@@ -264,6 +270,20 @@ class ThreadManager:
         thread = self.create(thread_id)
         thread.epoch, thread.worker_pid = epoch, pid
         thread.life = Life(Phase.STARTING)
+        thread.expected = True
+
+    async def survivors_reported(self, thread_id: str | None) -> None:
+        """Wait until a thread's worker (`None`: every thread's) that survived a former broker has reported.
+
+        Before, its living processes would be called expired.  A stopped one is not waited for any longer than
+        `SURVIVORS_DEADLINE`.
+        """
+        for thread in list(self.threads.values()):
+            if thread.expected and thread_id in (None, thread.thread_id):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._survivors_until):
+                        while thread.expected:
+                            await thread.changed()
 
     def registered(self, peer: Peer) -> Welcome:
         """A worker has said that it is up; return what it is told."""
@@ -271,6 +291,7 @@ class ThreadManager:
         if thread.worker and thread.worker is not peer:
             thread.worker.hang_up()
         thread.worker = peer
+        thread.expected = False
         self._live(thread, lifecycle.Event.REGISTERED)
         return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
 
@@ -282,6 +303,7 @@ class ThreadManager:
         peer, thread.worker, thread.worker_pid = thread.worker, None, None
         if peer:
             peer.hang_up()
+        thread.expected = False
         thread.failure = how
         self._world.publish("worker", thread_id, what="died", epoch=epoch, how=how)
         for entry in list(thread.entries.values()):
@@ -796,6 +818,11 @@ class ThreadManager:
         """Return a process, held or archived; raises `UnknownThread`, `UnknownProcess`, `ExpiredProcess`."""
         thread = self.get(thread_id)
         entry = thread.entries.get(process_id)
+        if entry is None and thread.expected and process_id not in thread.archive:
+            raise Unavailable(
+                f"thread {thread_id}: its worker (pid {thread.worker_pid}) survived the former broker and has not "
+                "reported yet, so its processes are not known; try again"
+            )
         return entry if entry is not None else thread.archive.get(process_id)
 
     def entry_by_pid(self, pid: int) -> Entry | None:
