@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,38 +83,49 @@ class ThreadArchive:
     `ids`: every id the thread has used.  `calls`: call id → process id of those archived by this broker.
     """
 
-    def __init__(self, folder: Path, keep_hours: float, keep_count: int) -> None:
-        """Open or make the folder; raises `OSError` when that cannot be."""
+    def __init__(
+        self,
+        folder: Path,
+        keep_hours: float,
+        keep_count: int,
+        later: Callable[[Callable[[], None]], None] = lambda write: write(),
+    ) -> None:
+        """Open or make the folder; raises `OSError` when that cannot be.
+
+        `later`: carries out writes, in their order, perhaps in another thread; what is to be written is known
+        here at once.  A write that fails raises `OSError` there.
+        """
         self.folder = folder
+        self._later = later
         self._ended = folder / "ended"
         self._keep_s = keep_hours * 3600
         self._keep_count = keep_count
         self._ended.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.calls: dict[str, str] = {}
-        # id → when it was archived; oldest first.
         found = []
         for entry in os.scandir(self._ended):
             if entry.name.isdecimal():
                 found.append((entry.stat().st_mtime, entry.name))
-        self._files: dict[str, float] = {name: at for at, name in sorted(found)}
+            elif entry.name.startswith("."):
+                os.unlink(entry.path)  # the draft of a broker that was killed meanwhile
+        # id → (when it was archived, its call if we know it); oldest first.
+        self._files: dict[str, tuple[float, str]] = {name: (at, "") for at, name in sorted(found)}
+        self._unwritten: dict[str, Record] = {}
         self.ids = self._read_ids() | set(self._files)
 
     def _read_ids(self) -> set[str]:
         try:
-            text = (self.folder / "ids").read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
+            # A damaged line must not make the others forgotten: their ids would be given out again.
+            text = (self.folder / "ids").read_text(encoding="ascii", errors="replace")
+        except FileNotFoundError:
             return set()
         return {line for line in text.split("\n") if line.isdecimal()}
 
     def use(self, process_id: str) -> None:
-        """Remember that the thread has used this id; raises `OSError` when that cannot be written."""
+        """Remember that the thread has used this id."""
         if process_id not in self.ids:
             self.ids.add(process_id)
-            fd = os.open(self.folder / "ids", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, f"{process_id}\n".encode())
-            finally:
-                os.close(fd)
+            self._later(partial(_append, self.folder / "ids", process_id))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -122,49 +134,46 @@ class ThreadArchive:
         return process_id in self._files
 
     def keep(self, row: dict[str, Any], transcript: Transcript) -> None:
-        """Write the record of a process that has gone; the oldest make room.  Raises `OSError`."""
+        """Keep the record of a process that has gone; the oldest make room."""
         process_id = row["process_id"]
         written = transcript.written
         kept = [part for part in transcript.read(0, written) if not isinstance(part, Gap)]
-        head = {
-            "format": FORMAT,
-            "row": row,
-            "written": written,
-            "ranges": [[at, at + len(data)] for at, data in kept],
-        }
-        target = self._ended / process_id
-        draft = self._ended / f".{process_id}"
-        raw = [json.dumps(head).encode() + b"\n", *(data for _, data in kept)]
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        ranges = [(at, at + len(data)) for at, data in kept]
+        record = Record(row, written, ranges, b"".join(data for _, data in kept))
+        self._unwritten[process_id] = record
+        self._files[process_id] = time.time(), row["call_id"]
+        self.calls[row["call_id"]] = process_id
+        self._later(partial(self._write, process_id, record))
+        self.expire()
+
+    def _write(self, process_id: str, record: Record) -> None:
         try:
-            for piece in raw:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(fd, view) :]
+            if process_id in self._files:
+                _write_record(self._ended / process_id, record)
         except OSError:
-            os.unlink(draft)
+            self._files.pop(process_id, None)
             raise
         finally:
-            os.close(fd)
-        os.rename(draft, target)
-        self._files[process_id] = time.time()
-        self.calls[row["call_id"]] = process_id
-        self.expire()
+            self._unwritten.pop(process_id, None)
 
     def expire(self) -> None:
         """Remove what is too old or too much."""
         oldest = time.time() - self._keep_s
-        for process_id, at in list(self._files.items()):
+        while self._files:
+            process_id = next(iter(self._files))
+            at, call_id = self._files[process_id]
             if at >= oldest and len(self._files) <= self._keep_count:
-                break
+                return
             del self._files[process_id]
-            (self._ended / process_id).unlink(missing_ok=True)
-        if len(self.calls) > len(self._files):
-            self.calls = {call: process for call, process in self.calls.items() if process in self._files}
+            self.calls.pop(call_id, None)
+            self._unwritten.pop(process_id, None)
+            self._later(partial((self._ended / process_id).unlink, missing_ok=True))
 
     def get(self, process_id: str) -> Record:
         """Return the record of an ended process; raises `ExpiredProcess` or `UnknownProcess`."""
         self.expire()
+        if (unwritten := self._unwritten.get(process_id)) is not None:
+            return unwritten
         if process_id in self._files:
             try:
                 return _read(self._ended / process_id)
@@ -180,11 +189,40 @@ class ThreadArchive:
         """Yield the line of `ps` of every ended process, oldest first."""
         self.expire()
         for process_id in list(self._files):
+            if (unwritten := self._unwritten.get(process_id)) is not None:
+                yield unwritten.row
+                continue
             try:
                 with open(self._ended / process_id, "rb") as file:
                     yield json.loads(file.readline())["row"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue
+
+
+def _append(path: Path, process_id: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, f"\n{process_id}\n".encode())  # the first newline ends a line torn by a full disk
+    finally:
+        os.close(fd)
+
+
+def _write_record(target: Path, record: Record) -> None:
+    """Write a record whole, and rename it into place."""
+    head = {"format": FORMAT, "row": record.row, "written": record.written, "ranges": record.ranges}
+    draft = target.with_name(f".{target.name}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        for piece in (json.dumps(head).encode() + b"\n", record.data):
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(fd, view) :]
+    except OSError:
+        os.unlink(draft)
+        raise
+    finally:
+        os.close(fd)
+    os.rename(draft, target)
 
 
 def _read(path: Path) -> Record:
@@ -193,4 +231,8 @@ def _read(path: Path) -> Record:
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']}")
         ranges = [(int(first), int(last)) for first, last in head["ranges"]]
-        return Record(head["row"], int(head["written"]), ranges, file.read())
+        record = Record(dict(head["row"]), int(head["written"]), ranges, file.read())
+    sizes = [last - first for first, last in ranges]
+    if min(sizes, default=0) < 0 or sum(sizes) != len(record.data):
+        raise ValueError(f"{len(record.data)} bytes for ranges {ranges}")
+    return record
