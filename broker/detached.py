@@ -60,14 +60,17 @@ class DetachedStore:
         handles stay the caller's then.
         """
         held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended, on_closed=self._on_closed)
-        if older := self._processes.pop(key, None):
-            self._terminate(older)
+        older = self._processes.get(key)
         self._processes[key] = held
         try:
             held.begin(self._lease)
         except BaseException:
             del self._processes[key]
+            if older:
+                self._processes[key] = older
             raise
+        if older:
+            self._terminate(older)
         return held
 
     def remove(self, key: Key) -> Handles | None:
@@ -76,6 +79,8 @@ class DetachedStore:
         return held.release() if held else None
 
     def _terminate(self, held: Held) -> None:
+        # Its end must not be taken for that of the one which has its key now.
+        held.on_ended = held.on_closed = lambda _: None
         held.transcript.record_by("cleaned")
         task = asyncio.get_running_loop().create_task(self._see_off(held))
         self._ends.add(task)

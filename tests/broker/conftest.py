@@ -44,7 +44,9 @@ class Children:
         self._handles: list[Handles] = []
         self._pids: list[int] = []
 
-    def transcript(self, process_id: str, output: bytes = b"", limits: Limits = Limits(), **facts: str) -> Transcript:
+    def transcript(
+        self, process_id: str, output: bytes = b"", limits: Limits = Limits(), **facts: str
+    ) -> Transcript:
         """Return a transcript that holds `output`, trimmed to its limits."""
         fd = Transcript.create(facts_of(process_id, limits=limits, **facts), DEAD)
         self._handles.append(Handles({"transcript": fd}))

@@ -38,8 +38,10 @@ def archive_in(folder: Path, *, hours: float = 24.0, count: int = 1000) -> Itera
         archive.close()
 
 
-def test_a_kept_process_answers_with_its_outcome_and_its_output_byte_for_byte(tmp_path: Path, children: Any) -> None:
-    output = bytes(range(256)) * 5 + b"\n{\"not\": \"the head\"}\n"
+def test_a_kept_process_answers_with_its_outcome_and_its_output_byte_for_byte(
+    tmp_path: Path, children: Any
+) -> None:
+    output = bytes(range(256)) * 5 + b'\n{"not": "the head"}\n'
     with archive_in(tmp_path / "t") as archive:
         archive.use("1234")
         archive.keep(row_of("1234"), children.transcript("1234", output))
