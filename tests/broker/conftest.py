@@ -10,6 +10,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
 from outlive.common.pump import Pumps
@@ -18,8 +19,10 @@ from outlive.common.transcript import Facts, Lease, Limits, Transcript
 # Of nobody: as long as a process of this pid and start time cannot exist, the lease is free to take.
 DEAD = Lease(pid=(1 << 22) + 1, start_time=1, epoch=7)
 
+DEFAULT = Limits()
 
-def facts_of(process_id: str, *, thread: str = "t", call: str = "", limits: Limits = Limits()) -> Facts:
+
+def facts_of(process_id: str, *, thread: str = "t", call: str = "", limits: Limits = DEFAULT) -> Facts:
     """Return the facts of a process with a terminal."""
     return Facts(
         thread_id=thread,
@@ -45,7 +48,7 @@ class Children:
         self._pids: list[int] = []
 
     def transcript(
-        self, process_id: str, output: bytes = b"", limits: Limits = Limits(), **facts: str
+        self, process_id: str, output: bytes = b"", limits: Limits = DEFAULT, **facts: str
     ) -> Transcript:
         """Return a transcript that holds `output`, trimmed to its limits."""
         fd = Transcript.create(facts_of(process_id, limits=limits, **facts), DEAD)

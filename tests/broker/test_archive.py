@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlive.broker.archive import Record, ThreadArchive
 from outlive.common.errors import ExpiredProcess, UnknownProcess
 from outlive.common.transcript import Gap, Limits
@@ -38,9 +39,7 @@ def archive_in(folder: Path, *, hours: float = 24.0, count: int = 1000) -> Itera
         archive.close()
 
 
-def test_a_kept_process_answers_with_its_outcome_and_its_output_byte_for_byte(
-    tmp_path: Path, children: Any
-) -> None:
+def test_a_kept_process_answers_with_its_outcome_and_every_byte(tmp_path: Path, children: Any) -> None:
     output = bytes(range(256)) * 5 + b'\n{"not": "the head"}\n'
     with archive_in(tmp_path / "t") as archive:
         archive.use("1234")

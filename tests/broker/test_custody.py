@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlive.broker.custody import IMPOSSIBLE, MOVES, Custody, Effect, Event, Holder, State, step
 
 

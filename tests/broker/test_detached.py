@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+
 from outlive.broker.detached import BROKER_EPOCH, DetachedStore
 from outlive.common.descriptors import Handles
 from outlive.common.errors import HandoffError, PeerError, StdinClosed
@@ -101,9 +102,8 @@ async def test_the_store_holds_the_lease_while_it_pumps_and_gives_it_back(store:
 async def test_five_times_out_and_in_the_stream_goes_on_where_it_stopped(store: Store, children: Any) -> None:
     keys = [("t", "1000"), ("t", "2000")]
     for key in keys:
-        store.insert(
-            key, children.start(key[1], "/bin/sh", "-c", f"stty -echo; while read w; do echo {key[1]}:$w; done")
-        )
+        script = f"stty -echo; while read w; do echo {key[1]}:$w; done"
+        store.insert(key, children.start(key[1], "/bin/sh", "-c", script))
     for turn in range(5):
         for key in keys:
             held = store.get(key)
@@ -185,8 +185,7 @@ async def test_a_signal_death_is_recorded_as_what_it_was(store: Store, children:
 
 async def test_an_end_before_the_store_had_it_is_noticed(store: Store, children: Any) -> None:
     handles = children.start("1000", "/bin/sh", "-c", "echo quick; exit 5")
-    while os.waitid(os.P_PIDFD, handles.pidfd, os.WEXITED | os.WNOWAIT) is None:
-        pass
+    await asyncio.to_thread(os.waitid, os.P_PIDFD, handles.pidfd, os.WEXITED | os.WNOWAIT)
     held = store.insert(("t", "1000"), handles)
     assert await held.until_ended()
     assert (held.outcome, printed(held.transcript)) == (Outcome("exited", code=5), b"quick\r\n")

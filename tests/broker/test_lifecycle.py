@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from outlive.broker.lifecycle import GIVE_UP_AFTER, IMPOSSIBLE, MOVES, Effect, Event, Life, Phase, step
 
 

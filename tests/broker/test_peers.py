@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import zmq
+
 from outlive.broker.peers import Peer, WorkerGone
 from outlive.common import channel, kernel, wire
 from outlive.common.errors import StdinClosed, Unavailable
