@@ -21,7 +21,7 @@ import msgpack
 from ..common import channel, kernel
 from ..common.channel import Channel, Packet, open_parcel
 from ..common.descriptors import Handles
-from ..common.errors import PeerError, SpawnError
+from ..common.errors import HandoffError, PeerError, SpawnError
 from ..common.launch import launch
 from ..common.transcript import Facts, Lease
 
@@ -103,19 +103,32 @@ class Nursery:
 
         Cancelled, it still runs: the broker has the deposit, and its call id finds it.
         """
-        spawner = self._spawner()
         number = next(self._numbers)
         start = _Start(order.facts, time.monotonic(), self._loop.create_future())
         fd = order.to_memfd()
         try:
-            spawner.starts[number] = start
-            await spawner.channel.send_async("spawn", [fd], number=number)
-        except BaseException:
-            spawner.starts.pop(number, None)
-            raise
+            while not await self._send(self._spawner(), number, start, fd):
+                pass
         finally:
             os.close(fd)
         return await start.handles
+
+    async def _send(self, spawner: _Spawner, number: int, start: _Start, fd: int) -> bool:
+        """Give a spawner an order; `False`: it is dead, and has not had it."""
+        spawner.starts[number] = start
+        try:
+            await spawner.channel.send_async("spawn", [fd], number=number)
+        except HandoffError as error:
+            spawner.starts.pop(number, None)
+            if not isinstance(error.__cause__, OSError):
+                raise SpawnError(f"the spawner (pid {spawner.pid}) takes no orders: {error}", "spawner") from None
+            if spawner in self._spawners:
+                self._part_from(spawner)
+            return False
+        except BaseException:
+            spawner.starts.pop(number, None)
+            raise
+        return True
 
     def close(self) -> None:
         """Let the spawners end; their children are adopted by the broker."""

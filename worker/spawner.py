@@ -143,7 +143,10 @@ class Spawner:
     def _start(self, facts: Facts, order: dict[str, Any], handles: Handles) -> int:
         """Make, deposit, fork, deposit; return the pid.  What was made is in `handles` even after an error."""
         lease = Lease(*order["lease"])
-        handles.transcript = Transcript.create(facts, lease)
+        try:
+            handles.transcript = Transcript.create(facts, lease)
+        except ValueError as error:
+            raise SpawnError(str(error), "prepare") from None
         output_write = -1
         try:
             if facts.tty:
@@ -280,7 +283,7 @@ def _become(facts: Facts, environment: dict[bytes, bytes], transcript: int, limi
     try:
         os.chdir(facts.cwd)
     except OSError as error:
-        raise RuntimeError(f"directory|{os.fsdecode(facts.cwd)}: {error.strerror}") from None
+        raise RuntimeError(f"directory|{_shown(facts.cwd)}: {error.strerror}") from None
     for number in signal.valid_signals():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -293,9 +296,19 @@ def _become(facts: Facts, environment: dict[bytes, bytes], transcript: int, limi
     try:
         os.execvpe(facts.argv[0], list(facts.argv), environment)
     except OSError as error:
-        raise RuntimeError(f"exec|{os.fsdecode(facts.argv[0])}: {error.strerror}") from None
+        raise RuntimeError(f"exec|{_shown(facts.argv[0])}: {error.strerror}") from None
     except ValueError as error:
         raise RuntimeError(f"exec|{error}") from None
+
+
+def _shown(raw: bytes) -> str:
+    """Return a path for a message: short, and text, whatever it is.
+
+    ptyprocess encodes the message in the child and writes it to a pipe; a child that fails there would go on as
+    a second spawner.
+    """
+    text = raw[:200].decode("utf-8", "backslashreplace")
+    return text if len(raw) <= 200 else f"{text}… ({len(raw)} bytes)"
 
 
 def _told(text: str) -> SpawnError:

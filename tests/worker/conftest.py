@@ -99,10 +99,6 @@ class Family:
             await held.until_output(held.pump.written, FOREVER)
         return printed(held.transcript)
 
-    def kill(self, pid: int) -> None:
-        """Kill a spawner."""
-        os.kill(pid, signal.SIGKILL)
-
     async def close(self) -> None:
         for held in self.helds:
             if held.handles.pidfd >= 0 and not held.exited:
@@ -118,7 +114,7 @@ async def close_nursery(nursery: Nursery) -> None:
     pids = nursery.pids
     nursery.close()
     for pid in pids:
-        while os.path.exists(f"/proc/{pid}"):
+        while kernel.start_time(pid) is not None:
             await asyncio.sleep(0.001)
 
 
@@ -154,19 +150,10 @@ class Desk:
         return await self.manager.exec_command(ExecCommand(**call))
 
     async def start(self, cmd: str | list[bytes], **fields: Any) -> str:
-        """Start a command that stays, without waiting for it; return its id."""
-        fields.setdefault("call_id", secrets.token_hex(8))
-        task = asyncio.create_task(self.run(cmd, ms=30_000, **fields))
-        while (process_id := self.manager._calls.get(fields["call_id"])) is None:
-            if task.done():
-                task.result()
-                raise AssertionError(f"{cmd!r} did not stay")
-            await asyncio.sleep(0)
-        # It runs: whoever waits for it answers now, with what there is.
-        self.held(process_id).hurry()
-        self.held(process_id)._hurry = False
-        assert (await task).session_id == int(process_id)
-        return process_id
+        """Start a command that stays; return its id."""
+        response = await self.run(cmd, ms=250, **fields)
+        assert response.session_id is not None, response.text()
+        return response.process_id
 
     async def write(self, process_id: str, chars: bytes = b"", ms: int = 250, **fields: Any) -> Response:
         """Call `write_stdin`."""
