@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -70,6 +71,8 @@ TERMINATE_DEADLINE = 10.0
 # Seconds after its start that a broker waits for the workers that survived the former one.  They try again at least
 # every five (`Link`).
 SURVIVORS_DEADLINE = 10.0
+# Records that may wait to be written; each may hold a whole transcript.
+WRITES_MAX = 64
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
 _SEND_PAUSE = 0.002
@@ -208,6 +211,9 @@ class ThreadManager:
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        # One thread, so that files are written in order; a new file takes longer than the command it is about.
+        self._writer = ThreadPoolExecutor(1, "archive")
+        self._writes: set[Future[None]] = set()
         self._survivors_until = asyncio.get_running_loop().time() + SURVIVORS_DEADLINE
         for folder in sorted(paths.threads.iterdir()):
             if folder.is_dir():
@@ -226,12 +232,28 @@ class ThreadManager:
             )
         try:
             archive = ThreadArchive(
-                self._paths.threads / thread_id, self._config.ended_keep_hours, self._config.ended_keep_count
+                self._paths.threads / thread_id,
+                self._config.ended_keep_hours,
+                self._config.ended_keep_count,
+                self._write_later,
             )
         except OSError as error:
             raise Unavailable(f"state folder: {error}; make room or rights, then try again") from None
         thread = self.threads[thread_id] = Thread(thread_id, archive)
         return thread
+
+    def _write_later(self, write: Callable[[], None]) -> None:
+        if len(self._writes) >= WRITES_MAX:
+            wait(self._writes, return_when=FIRST_COMPLETED)
+        job = self._writer.submit(self._write, write)
+        self._writes.add(job)
+        job.add_done_callback(self._writes.discard)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._world.log(f"archive: {error}")
 
     def get(self, thread_id: str) -> Thread:
         """Return a known thread; raises `UnknownThread`."""
@@ -642,8 +664,7 @@ class ThreadManager:
             entry = Entry(key, peer.epoch)
             entry.transcript = transcript
             thread.entries[key[1]] = entry
-            with suppress(OSError):  # a full disk must not lose the process
-                thread.archive.use(key[1])
+            thread.archive.use(key[1])
         self._adopt(entry, handles)
         if entry.transcript:
             entry.pid = entry.transcript.live().pid
@@ -728,10 +749,7 @@ class ThreadManager:
             if entry.custody.holder is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
                 self.spawn(self._tell(thread.worker, Forget(process_ids=[process_id])))
         elif effect is Effect.ARCHIVE and entry.transcript:
-            try:
-                thread.archive.keep(msgspec.to_builtins(self.row(entry)), entry.transcript)
-            except OSError as error:
-                self._world.log(f"process {entry.key}: its output is not archived: {error}")
+            thread.archive.keep(msgspec.to_builtins(self.row(entry)), entry.transcript)
         elif effect is Effect.CLOSE_HANDLES:
             self.descriptors -= len(entry.handles)
             entry.handles.close()
@@ -852,6 +870,7 @@ class ThreadManager:
                 entry.handles = handles
             entry.handles.close()
         self.store.close()
+        self._writer.shutdown()
 
 
 def rfc3339(nanoseconds: int) -> str:

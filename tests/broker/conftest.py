@@ -14,7 +14,7 @@ import pytest
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
 from outlive.common.pump import Pumps
-from outlive.common.transcript import Facts, Lease, Limits, Transcript
+from outlive.common.transcript import Facts, Lease, Limits, Transcript, mark_started
 
 # Of nobody: as long as a process of this pid and start time cannot exist, the lease is free to take.
 DEAD = Lease(pid=(1 << 22) + 1, start_time=1, epoch=7)
@@ -75,7 +75,7 @@ class Children:
         pid = os.posix_spawn(argv[0], argv, environment, file_actions=files, setsid=True)
         os.close(slave)
         self._pids.append(pid)
-        transcript.mark_started(pid)
+        mark_started(transcript.fd, pid)
         return Handles({"terminal": terminal, "pidfd": os.pidfd_open(pid)})
 
     def start(self, process_id: str, *argv: str, **facts: str) -> Handles:

@@ -32,11 +32,7 @@ def row_of(process_id: str, outcome: dict[str, Any] | None = None) -> dict[str, 
 
 @contextmanager
 def archive_in(folder: Path, *, hours: float = 24.0, count: int = 1000) -> Iterator[ThreadArchive]:
-    archive = ThreadArchive(folder, hours, count)
-    try:
-        yield archive
-    finally:
-        archive.close()
+    yield ThreadArchive(folder, hours, count)
 
 
 def test_a_kept_process_answers_with_its_outcome_and_every_byte(tmp_path: Path, children: Any) -> None:

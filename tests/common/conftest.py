@@ -22,7 +22,7 @@ import pytest
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
 from outlive.common.pump import Pump, Pumps
-from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript
+from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript, mark_started
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ class Children:
         os.close(theirs)
         self._pids.append(pid)
         handles.pidfd = os.pidfd_open(pid)
-        Transcript(handles.transcript).mark_started(pid)
+        mark_started(handles.transcript, pid)
         return handles
 
     def python(self, program: str, *arguments: str, tty: bool = True, limits: Limits = DEFAULT) -> Handles:

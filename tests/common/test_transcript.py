@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from outlive.common import kernel
 from outlive.common.errors import PeerError
 from outlive.common.outcome import BYS, KINDS, Outcome
-from outlive.common.transcript import PAGE, Facts, Gap, Lease, Limits, Transcript, wanted_holes
+from outlive.common.transcript import PAGE, Facts, Gap, Lease, Limits, Transcript, mark_started, wanted_holes
 
 from .conftest import DEAD, DEFAULT, Children, await_end, eventually, facts_of, in_a_child
 
@@ -92,7 +92,7 @@ def test_a_new_header_is_these_bytes() -> None:
 
 def test_a_written_header_is_these_bytes(children: Children) -> None:
     transcript = children.transcript()
-    transcript.mark_started(0x01020304)
+    mark_started(transcript.fd, 0x01020304)
     transcript.take_lease(Lease(pid=5, start_time=0x0102030405060708, epoch=9))
     transcript.deliver(0x1112131415161718)
     transcript.count_typed(3, 8)
@@ -585,7 +585,7 @@ def test_input_is_counted_before_and_after_each_write(children: Children) -> Non
 def test_a_child_says_that_it_started_and_everybody_sees_it(children: Children) -> None:
     transcript = children.transcript()
     assert not transcript.live().started
-    pid = children.fork(lambda: transcript.mark_started(os.getpid()))
+    pid = children.fork(lambda: mark_started(transcript.fd, os.getpid()))
     eventually(lambda: transcript.live().started)
     assert transcript.live().pid == pid
 
