@@ -53,6 +53,9 @@ def lost(pidfd: int, transcript: Transcript) -> Outcome:
 
 
 def _status(pidfd: int) -> int | None:
+    status = kernel.child_status(pidfd)
+    if status is not None:
+        return status
     pid = kernel.pidfd_pid(pidfd)
     if pid is not None:
         status = kernel.zombie_status(pid)
