@@ -165,8 +165,9 @@ class Held:
             self.terminal_open = False
             self._pumps.unwatch_terminal(self)
         if self.exited:
+            kept_open = self._ended_told  # else this is the end itself
             self._drained()
-            if self.ended and self._ended_told and not self.terminal_open and self.on_closed:
+            if kept_open and not self.terminal_open and self.on_closed:
                 self.on_closed(self)
 
     def terminal_dry(self) -> None:
