@@ -10,11 +10,16 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
 from outlive.common.pump import Pumps
 from outlive.common.transcript import Facts, Lease, Limits, Transcript, mark_started
+
+# A busy machine is not a failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Of nobody: as long as a process of this pid and start time cannot exist, the lease is free to take.
 DEAD = Lease(pid=(1 << 22) + 1, start_time=1, epoch=7)
@@ -75,7 +80,7 @@ class Children:
         pid = os.posix_spawn(argv[0], argv, environment, file_actions=files, setsid=True)
         os.close(slave)
         self._pids.append(pid)
-        mark_started(transcript.fd, pid)
+        mark_started(early.transcript, pid)
         return Handles({"terminal": terminal, "pidfd": os.pidfd_open(pid)})
 
     def start(self, process_id: str, *argv: str, **facts: str) -> Handles:
