@@ -172,6 +172,8 @@ class Thread:
         self.epoch = 0
         self.worker_pid: int | None = None
         self.worker: Peer | None = None
+        # The epoch whose channel is closed, for good if its worker is dead.
+        self.hung_up = 0
         self.failure = ""
         self.waiters: list[asyncio.Future[None]] = []
         # One handoff at a time; and the one that a new worker begins with.
@@ -217,7 +219,10 @@ class ThreadManager:
         self._survivors_until = asyncio.get_running_loop().time() + SURVIVORS_DEADLINE
         for folder in sorted(paths.threads.iterdir()):
             if folder.is_dir():
-                self.create(folder.name)
+                try:
+                    self.create(folder.name)
+                except OutliveError as error:  # one folder must not keep everybody's broker down
+                    world.log(f"{folder} is left alone: {error}")
 
     # Threads.
 
@@ -314,6 +319,7 @@ class ThreadManager:
             thread.worker.hang_up()
         thread.worker = peer
         thread.expected = False
+        thread.hung_up = 0
         self._live(thread, lifecycle.Event.REGISTERED)
         return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
 
@@ -331,6 +337,8 @@ class ThreadManager:
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.custody.holder is not Holder.BROKER:
                 self.move(entry, Event.WORKER_LOST)
+        if thread.hung_up == epoch:  # its channel closed first, and the spawner had it too
+            self._resolve_starts(thread, epoch)
         self._live(thread, lifecycle.Event.DIED)
 
     def channel_closed(self, peer: Peer) -> None:
@@ -341,10 +349,14 @@ class ThreadManager:
         if thread.worker is peer:
             thread.worker = None
         if thread.epoch == peer.epoch and thread.worker_pid is not None:
-            return
-        # Worker and spawner are both gone: what has not started never will.
+            thread.hung_up = peer.epoch
+        else:
+            self._resolve_starts(thread, peer.epoch)
+
+    def _resolve_starts(self, thread: Thread, epoch: int) -> None:
+        """Worker and spawner of this epoch are both gone: what has not started never will."""
         for entry in list(thread.entries.values()):
-            if entry.epoch == peer.epoch and entry.state is State.STARTING:
+            if entry.epoch == epoch and entry.state is State.STARTING:
                 self._resolve_start(entry)
 
     def dismiss(self, thread: Thread) -> None:
@@ -717,19 +729,20 @@ class ThreadManager:
     def move(self, entry: Entry, event: Event, notice: Ended | None = None) -> None:
         """Decide and do; a word that comes too late is logged and dropped."""
         try:
+            former = entry.custody.holder
             entry.custody, effects = custody.step(entry.custody, event)
         except KeyError:
             self._world.log(f"process {entry.key}: {event} in {entry.custody} ignored")
             return
         for effect in effects:
-            self._do(entry, effect, notice)
+            self._do(entry, effect, former, notice)
         if entry.state is State.GONE:
             thread = self.threads[entry.key[0]]
             if thread.entries.get(entry.key[1]) is entry:
                 del thread.entries[entry.key[1]]
         _wake(entry.waiters)
 
-    def _do(self, entry: Entry, effect: Effect, notice: Ended | None) -> None:
+    def _do(self, entry: Entry, effect: Effect, former: Holder, notice: Ended | None) -> None:
         thread_id, process_id = entry.key
         thread = self.threads[thread_id]
         if effect is Effect.START_PUMP:
@@ -746,7 +759,7 @@ class ThreadManager:
         elif effect is Effect.END_TREE:
             self._end_tree(entry)
         elif effect is Effect.FORGET_AT_WORKER:
-            if entry.custody.holder is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
+            if former is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
                 self.spawn(self._tell(thread.worker, Forget(process_ids=[process_id])))
         elif effect is Effect.ARCHIVE and entry.transcript:
             thread.archive.keep(msgspec.to_builtins(self.row(entry)), entry.transcript)

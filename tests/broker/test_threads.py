@@ -1,0 +1,558 @@
+"""The rare orders: deposits after a death, deaths within a handoff, starts that nobody finishes.
+
+The loop is replaced by a list; processes, terminals, descriptors and their channels are real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlive.broker.custody import Holder, State
+from outlive.broker.lifecycle import Phase
+from outlive.broker.peers import Peer
+from outlive.broker.threads import Entry, Thread, ThreadManager
+from outlive.common import channel, kernel, wire
+from outlive.common.channel import open_parcel
+from outlive.common.config import Config
+from outlive.common.descriptors import Handles
+from outlive.common.errors import BadRequest, PeerError, Unavailable, UnknownThread
+from outlive.common.messages import Collected, Ended, Request
+from outlive.common.outcome import Outcome
+from outlive.common.paths import Paths
+from outlive.common.pump import Pump, Pumps
+from outlive.common.transcript import Lease, Transcript, mark_started
+
+COUNTER = ("/bin/sh", "-c", "stty -echo; n=0; while read w; do n=$((n+1)); echo $w $n; done")
+
+
+class World:
+    """The loop, as a list of what it was asked to do."""
+
+    deltas_wanted = False
+
+    def __init__(self) -> None:
+        self.workers: list[tuple[str, int]] = []
+        self.requests: list[Request] = []
+        self.published: list[tuple[str, str | None, dict[str, Any]]] = []
+        self.logged: list[str] = []
+        self.left = 1000
+
+    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
+        self.workers.append((thread_id, epoch))
+        return 1_000_000_000 + epoch, -1
+
+    def transmit(self, peer: Peer, frame: bytes) -> None:
+        message = wire.decode(frame)
+        assert isinstance(message, Request)
+        self.requests.append(message)
+
+    def publish(self, event: str, thread_id: str, process_id: str | None = None, **fields: Any) -> None:
+        self.published.append((event, process_id, fields))
+
+    def descriptors_left(self) -> int:
+        return self.left
+
+    def log(self, text: str) -> None:
+        self.logged.append(text)
+
+
+class Stage:
+    """One thread, and workers that do what the test says."""
+
+    def __init__(self, pumps: Pumps, folder: Path, children: Any, **config: Any) -> None:
+        self.world = World()
+        paths = Paths(folder / "run", folder / "state", folder / "config.toml")
+        paths.prepare()
+        self.manager = ThreadManager(self.world, paths, Config(**config), pumps, Pump)
+        self.thread: Thread = self.manager.create("t")
+        self.children = children
+        self.peer: Peer
+        self.theirs: list[channel.Channel] = []
+        self._peers: list[Peer] = []
+
+    async def wake(self) -> Peer:
+        """Have a worker come up."""
+        waiting = asyncio.create_task(self.manager.worker(self.thread))
+        await asyncio.sleep(0)
+        ours, theirs = channel.pair()
+        self.theirs.append(theirs)
+        self.peer = Peer(ours, self.thread.worker_pid or 0, None)
+        self._peers.append(self.peer)
+        self.peer.admit("worker", "t", self.thread.epoch)
+        self.manager.registered(self.peer)
+        assert await waiting is self.peer
+        for _ in range(5):  # it is given what is detached
+            await asyncio.sleep(0)
+        return self.peer
+
+    def deposit(self, handles: Handles, process_id: str, peer: Peer | None = None) -> None:
+        copies = Handles({role: os.dup(fd) for role, fd in handles.held().items()})
+        self.manager.deposited(peer or self.peer, {("t", process_id): copies})
+
+    def attach(self, process_id: str, *argv: str) -> Handles:
+        """Have the worker start a process and pump it; return the worker's own copies."""
+        handles: Handles = self.children.start(process_id, *(argv or COUNTER))
+        self.deposit(handles, process_id)
+        entry = self.entry(process_id)
+        assert (entry.state, entry.custody.holder) == (State.ATTACHED, Holder.WORKER)
+        return handles
+
+    def entry(self, process_id: str) -> Entry:
+        return self.thread.entries[process_id]
+
+    def die(self, peer: Peer | None = None, *, spawner_too: bool = False) -> None:
+        """Have the worker die; with its spawner its channel closes."""
+        peer = peer or self.peer
+        self.manager.worker_died("t", peer.epoch, "SIGKILL")
+        if spawner_too:
+            self.close_channel(peer)
+
+    def close_channel(self, peer: Peer) -> None:
+        peer.close()
+        self.manager.channel_closed(peer)
+
+    async def asked(self, op: str) -> Request:
+        """Wait for a request to the worker."""
+        while not (found := [request for request in self.world.requests if request.op == op]):
+            await asyncio.sleep(0)
+        self.world.requests.remove(found[0])
+        return found[0]
+
+    def events(self, name: str) -> list[str | None]:
+        return [process_id for event, process_id, _ in self.world.published if event == name]
+
+    async def say(self, process_id: str, word: bytes, wanted: bytes) -> None:
+        """Type into a process that the broker pumps, and wait for what it says."""
+        held = self.manager.store.get(("t", process_id))
+        assert held is not None
+        await held.type(word + b"\n", float("inf"))
+        while wanted not in b"".join(
+            part[1] for part in held.transcript.read(0, 1 << 30) if isinstance(part, tuple)
+        ):
+            assert not held.ended
+            await held.until_output(held.pump.written, float("inf"))
+
+    async def ended(self, process_id: str) -> None:
+        while self.entry(process_id).state is not State.ENDED:
+            await self.entry(process_id).changed()
+
+    def close(self) -> None:
+        self.manager.close()
+        for peer in self._peers:
+            peer.close()
+        for theirs in self.theirs:
+            theirs.close()
+
+
+@pytest.fixture
+async def stage(pumps: Pumps, tmp_path: Path, children: Any) -> AsyncIterator[Stage]:
+    stage = Stage(pumps, tmp_path, children)
+    yield stage
+    stage.close()
+
+
+def stopped(handles: Handles) -> None:
+    """What a worker does before it says that it has stopped pumping, or the kernel when it died."""
+    Transcript(handles.transcript).release_lease()
+    handles.close()
+
+
+# Starts.
+
+
+async def test_the_rest_of_a_deposit_after_the_workers_death_is_taken_and_pumped(stage: Stage) -> None:
+    peer = await stage.wake()
+    early = stage.children.early("1000")
+    stage.deposit(early, "1000")
+    stage.die()
+    assert stage.entry("1000").state is State.STARTING
+    late = stage.children.late(early, *COUNTER)
+    stage.deposit(late, "1000", peer)  # its spawner finishes what it was told
+    assert (stage.entry("1000").state, stage.entry("1000").custody.holder) == (State.DETACHED, Holder.BROKER)
+    early.close()
+    late.close()
+    await stage.say("1000", b"hello", b"hello 1\r\n")
+
+
+async def test_a_whole_deposit_after_the_workers_death_is_taken_and_pumped(stage: Stage) -> None:
+    peer = await stage.wake()
+    stage.die()
+    await stage.wake()  # and its successor is up already
+    handles = stage.children.start("1000", *COUNTER)
+    stage.deposit(handles, "1000", peer)
+    handles.close()
+    assert stage.entry("1000").state is State.DETACHED
+    await stage.say("1000", b"hello", b"hello 1\r\n")
+
+
+@pytest.mark.parametrize("channel_first", [True, False], ids=["channel, death", "death, channel"])
+async def test_a_start_without_the_mark_never_ran(stage: Stage, channel_first: bool) -> None:
+    peer = await stage.wake()
+    early = stage.children.early("1000")
+    stage.deposit(early, "1000")
+    early.close()
+    if channel_first:
+        stage.close_channel(peer)
+        stage.die()
+    else:
+        stage.die(spawner_too=True)
+    assert "1000" not in stage.thread.entries
+    assert "1000" in stage.thread.archive.ids, "the id is not given out again"
+
+
+@pytest.mark.parametrize("channel_first", [True, False], ids=["channel, death", "death, channel"])
+async def test_a_start_with_the_mark_whose_process_lives_is_found(stage: Stage, channel_first: bool) -> None:
+    peer = await stage.wake()
+    early = stage.children.early("1000")
+    stage.deposit(early, "1000")
+    late = stage.children.late(early, "/bin/sleep", "1000")
+    if channel_first:
+        stage.close_channel(peer)
+        stage.die()
+    else:
+        stage.die(spawner_too=True)
+    entry = stage.entry("1000")
+    assert (entry.state, entry.custody.holder) == (State.DETACHED, Holder.BROKER)
+    assert kernel.pidfd_pid(entry.handles.pidfd) == entry.pid == kernel.pidfd_pid(late.pidfd)
+    signal.pidfd_send_signal(late.pidfd, signal.SIGKILL)
+    late.close()
+    early.close()
+    await stage.ended("1000")
+
+
+async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps_its_output(stage: Stage) -> None:
+    await stage.wake()
+    early = stage.children.early("1000")
+    os.write(early.conduit_write, b"last words")
+    mark_started(early.transcript, (1 << 22) + 1)
+    stage.deposit(early, "1000")
+    early.close()
+    stage.die(spawner_too=True)
+    entry = stage.entry("1000")
+    assert entry.state is State.ENDED
+    outcome = stage.manager.outcome(entry)
+    assert outcome is not None
+    assert (outcome.kind, outcome.code, outcome.signal) == ("lost", None, None)
+
+
+async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None:
+    await stage.wake()
+    early = stage.children.early("1000")
+    mark_started(early.transcript, os.getpid())  # somebody without the mark
+    stage.deposit(early, "1000")
+    early.close()
+    stage.die(spawner_too=True)
+    outcome = stage.manager.outcome(stage.entry("1000"))
+    assert outcome is not None
+    assert outcome.kind == "lost"
+    assert stage.entry("1000").handles.pidfd == -1
+
+
+async def test_a_worker_that_lives_and_lost_its_channel_loses_no_start(stage: Stage) -> None:
+    peer = await stage.wake()
+    early = stage.children.early("1000")
+    stage.deposit(early, "1000")
+    stage.close_channel(peer)
+    assert stage.entry("1000").state is State.STARTING
+    early.close()
+
+
+async def test_a_start_that_the_spawner_took_back_is_forgotten(
+    stage: Stage, descriptors: Callable[[], int]
+) -> None:
+    await stage.wake()
+    early = stage.children.early("1000")
+    before = descriptors()
+    stage.deposit(early, "1000")
+    stage.manager.never_ran("t", "1000")
+    assert stage.thread.entries == {}
+    assert descriptors() == before
+    stage.manager.never_ran("t", "1000")
+    stage.manager.never_ran("nobody", "1000")
+    early.close()
+
+
+async def test_a_deposit_that_is_refused_closes_its_descriptors_and_takes_the_rest(
+    stage: Stage, descriptors: Callable[[], int]
+) -> None:
+    peer = await stage.wake()
+    good, foreign, bare = stage.children.start("1000", "/bin/cat"), stage.children.early("1"), Handles()
+    bare.pidfd = os.pidfd_open(os.getpid())
+    before = descriptors()
+    parcel = {
+        ("other", "1"): Handles({role: os.dup(fd) for role, fd in foreign.held().items()}),
+        ("t", "2"): Handles({role: os.dup(fd) for role, fd in foreign.held().items()}),
+        ("t", "3"): Handles({"pidfd": os.dup(bare.pidfd)}),
+        ("t", "1000"): Handles({role: os.dup(fd) for role, fd in good.held().items()}),
+    }
+    with pytest.raises(PeerError, match=r"other/1 belongs.*t/2: .*t/1.*t/3: .*transcript"):
+        stage.manager.deposited(peer, parcel)
+    assert list(stage.thread.entries) == ["1000"]
+    assert descriptors() == before + 7
+    for handles in (good, foreign, bare):
+        handles.close()
+
+
+# Handoffs.
+
+
+async def test_a_death_is_a_detach_that_nobody_announced(stage: Stage) -> None:
+    await stage.wake()
+    for process_id in ("1000", "2000"):
+        stopped(stage.attach(process_id))
+    stage.die()
+    for process_id in ("1000", "2000"):
+        assert stage.entry(process_id).state is State.DETACHED
+        await stage.say(process_id, process_id.encode(), process_id.encode() + b" 1\r\n")
+    assert stage.events("detached") == []
+    assert stage.world.workers == [("t", 1), ("t", 2)], "replaced at once"
+
+
+async def test_a_live_worker_keeps_its_lease_whatever_its_channel_does(stage: Stage) -> None:
+    peer = await stage.wake()
+    handles = stage.attach("1000")
+    Transcript(handles.transcript).take_lease(Lease.mine(1))
+    stage.close_channel(peer)
+    assert stage.entry("1000").custody.holder is Holder.WORKER
+    assert len(stage.manager.store) == 0
+    handles.close()
+
+
+async def detached(stage: Stage, *process_ids: str) -> None:
+    """Have these in the broker's hands, and a new worker up that has not been given them."""
+    await stage.wake()
+    for process_id in process_ids:
+        stopped(stage.attach(process_id))
+    stage.die()
+    await stage.wake()
+    await stage.asked("import")
+
+
+async def test_a_new_worker_gets_everything_in_parcels_that_arrive_before_the_order(stage: Stage) -> None:
+    await stage.wake()
+    for process_id in ("1000", "2000"):
+        stopped(stage.attach(process_id))
+    stage.die()
+    await stage.wake()
+    order = await stage.asked("import")
+    packet = stage.theirs[-1].receive()
+    assert packet is not None
+    assert order.body["tickets"] == [packet.message["ticket"]]
+    parcel = open_parcel(packet)
+    assert list(parcel) == [("t", "1000"), ("t", "2000")]
+    for handles in parcel.values():
+        assert Transcript(handles.transcript).live().lease is None
+        handles.close()
+    assert {entry.custody.holder for entry in stage.thread.entries.values()} == {Holder.WORKER}
+    assert len(stage.manager.store) == 0
+
+
+async def test_a_worker_that_dies_between_parcel_and_answer_gives_everything_back(stage: Stage) -> None:
+    await detached(stage, "1000", "2000")
+    stage.die()
+    for process_id in ("1000", "2000"):
+        assert (stage.entry(process_id).state, stage.entry(process_id).custody.holder) == (
+            State.DETACHED,
+            Holder.BROKER,
+        )
+        await stage.say(process_id, b"back", b"back 1\r\n")
+    await stage.wake()
+    assert (await stage.asked("import")).body["tickets"]
+
+
+async def test_what_a_worker_skips_goes_back_to_the_store_untouched(stage: Stage) -> None:
+    await stage.wake()
+    for process_id in ("1000", "2000"):
+        stopped(stage.attach(process_id))
+    stage.die()
+    await stage.wake()
+    order = await stage.asked("import")
+    summary = {"reattached_count": 1, "skipped_count": 1, "skipped_process_ids": ["2000"]}
+    stage.peer.answered(wire.success(order.id, summary))
+    while stage.entry("2000").custody.holder is not Holder.BROKER:
+        await asyncio.sleep(0)
+    assert stage.entry("1000").custody.holder is Holder.WORKER
+    assert stage.entry("2000").state is State.DETACHED
+    assert stage.events("reattached") == ["1000"]
+    await stage.say("2000", b"mine", b"mine 1\r\n")
+
+
+async def test_a_worker_that_refuses_the_order_gives_everything_back(stage: Stage) -> None:
+    await stage.wake()
+    stopped(stage.attach("1000"))
+    stage.die()
+    await stage.wake()
+    order = await stage.asked("import")
+    stage.peer.answered(wire.failure(order.id, BadRequest("not today")))
+    while stage.entry("1000").custody.holder is not Holder.BROKER:
+        await asyncio.sleep(0)
+    await stage.say("1000", b"mine", b"mine 1\r\n")
+
+
+async def test_detaching_takes_what_the_worker_says_it_gave(stage: Stage) -> None:
+    await stage.wake()
+    mine = stage.attach("1000")
+    theirs = stage.attach("2000")
+    detaching = asyncio.create_task(stage.manager.detach_thread_processes("t"))
+    order = await stage.asked("export")
+    stopped(mine)
+    stage.peer.answered(wire.success(order.id, ["1000"]))
+    summary = await detaching
+    assert (summary.process_count, summary.process_ids) == (1, ["1000"])
+    assert stage.entry("1000").state is State.DETACHED
+    assert stage.entry("2000").state is State.ATTACHED
+    assert stage.events("detached") == ["1000"]
+    theirs.close()
+
+
+async def test_a_worker_that_dies_during_a_detach_has_detached(stage: Stage) -> None:
+    await stage.wake()
+    stopped(stage.attach("1000"))
+    detaching = asyncio.create_task(stage.manager.detach_thread_processes("t"))
+    await stage.asked("export")
+    stage.die()
+    assert (await detaching).process_ids == ["1000"]
+    assert stage.entry("1000").state is State.DETACHED
+
+
+async def test_detach_of_an_unknown_or_sleeping_thread_is_empty_and_reattach_is_an_error(stage: Stage) -> None:
+    for name in ("nobody", "t"):
+        assert (await stage.manager.detach_thread_processes(name)).process_count == 0
+        assert (await stage.manager.clean_detached_thread_processes(name)).process_count == 0
+    with pytest.raises(BadRequest, match="has no worker"):
+        await stage.manager.reattach_thread_processes(stage.thread)
+    with pytest.raises(UnknownThread):
+        stage.manager.get("nobody")
+
+
+# Ends.
+
+
+async def test_a_detached_end_is_recorded_at_once_and_announced_after_the_reattachment(stage: Stage) -> None:
+    await stage.wake()
+    stopped(stage.attach("1000", "/bin/sh", "-c", "read w; exit 5"))
+    stage.die()
+    held = stage.manager.store.get(("t", "1000"))
+    assert held is not None
+    await held.type(b"\n", float("inf"))
+    await stage.ended("1000")
+    assert stage.events("end") == []
+    row = stage.manager.row(stage.entry("1000"))
+    assert (row.state, row.outcome) == ("ended", {"kind": "exited", "code": 5})
+    await stage.wake()
+    await stage.asked("import")
+    notice = Ended(process_id="1000", call_id="call-1000", output=b"\r\n")
+    for _ in range(2):  # a worker may say it again to a new broker
+        stage.manager.noticed(stage.peer, notice)
+    assert stage.events("end") == ["1000"]
+
+
+async def test_a_collected_process_answers_from_the_archive_and_holds_no_descriptor(
+    stage: Stage, descriptors: Callable[[], int]
+) -> None:
+    await stage.wake()
+    handles = stage.attach("1000", "/bin/true")
+    before = descriptors()
+    stage.manager.noticed(stage.peer, Ended(process_id="1000", call_id="call-1000"))
+    stage.manager.noticed(stage.peer, Collected(process_id="1000"))
+    assert descriptors() == before - 7
+    record = stage.manager.find("t", "1000")
+    assert not isinstance(record, Entry)
+    assert record.row["call_id"] == "call-1000"
+    handles.close()
+
+
+async def test_what_a_former_worker_says_late_is_dropped(stage: Stage) -> None:
+    former = await stage.wake()
+    stopped(stage.attach("1000"))
+    stage.die()
+    await stage.wake()
+    await stage.asked("import")
+    stage.manager.noticed(former, Ended(process_id="1000", call_id="call-1000"))
+    stage.manager.noticed(former, Collected(process_id="1000"))
+    assert stage.entry("1000").state is State.ATTACHED
+    assert stage.events("end") == []
+
+
+async def test_too_many_ended_ones_expire_oldest_first(pumps: Pumps, tmp_path: Path, children: Any) -> None:
+    stage = Stage(pumps, tmp_path, children, ended_keep_count=2)
+    await stage.wake()
+    for process_id in ("5000", "4000", "3000"):
+        handles = stage.attach(process_id, "/bin/true")
+        Transcript(handles.transcript).record_outcome(Outcome("exited", code=0))
+        handles.close()
+    for process_id in ("5000", "4000", "3000"):
+        stage.manager.noticed(stage.peer, Ended(process_id=process_id, call_id=f"call-{process_id}"))
+    assert list(stage.thread.entries) == ["4000", "3000"]
+    assert not isinstance(stage.manager.find("t", "5000"), Entry)
+    assert (await stage.asked("forget")).body["process_ids"] == ["5000"]
+    stage.close()
+
+
+async def test_clean_ends_what_is_detached_and_leaves_what_is_attached(stage: Stage) -> None:
+    await stage.wake()
+    stopped(stage.attach("1000"))
+    stage.die()
+    await stage.wake()
+    order = await stage.asked("import")
+    summary = {"reattached_count": 0, "skipped_count": 1, "skipped_process_ids": ["1000"]}
+    stage.peer.answered(wire.success(order.id, summary))
+    attached = stage.attach("2000")
+    while stage.entry("1000").custody.holder is not Holder.BROKER:
+        await asyncio.sleep(0)
+    summary_of = await stage.manager.clean_detached_thread_processes("t")
+    assert summary_of.process_ids == ["1000"]
+    assert list(stage.thread.entries) == ["2000"]
+    record = stage.manager.find("t", "1000")
+    assert not isinstance(record, Entry)
+    assert record.row["outcome"] == {"kind": "signaled", "signal": 9, "by": "cleaned"}
+    attached.close()
+
+
+# Workers.
+
+
+async def test_a_worker_that_does_not_come_up_fails_the_call_and_the_next_call_tries_again(stage: Stage) -> None:
+    calling = asyncio.create_task(stage.manager.worker(stage.thread))
+    await asyncio.sleep(0)
+    for epoch in range(1, 6):
+        assert stage.thread.life.phase is Phase.STARTING
+        stage.manager.worker_died("t", epoch, "exit status 1")
+        if epoch < 5:
+            assert stage.thread.life.phase is Phase.PAUSING
+            stage.manager._live(
+                stage.thread, __import__("outlive.broker.lifecycle", fromlist=["Event"]).Event.PAUSE_OVER
+            )
+    with pytest.raises(Unavailable, match=r"does not come up .exit status 1.*safe"):
+        await calling
+    assert stage.manager.thread_row(stage.thread).state == "failed"
+    await stage.wake()
+    assert stage.world.workers[-1] == ("t", 6)
+    assert stage.manager.thread_row(stage.thread).state == "awake"
+
+
+async def test_the_death_of_a_former_epoch_is_no_news(stage: Stage) -> None:
+    former = await stage.wake()
+    stage.die()
+    await stage.wake()
+    stage.die(former)
+    assert stage.thread.life.phase is Phase.AWAKE
+    assert stage.thread.worker is stage.peer
+
+
+async def test_a_folder_that_is_no_thread_does_not_keep_the_broker_down(
+    pumps: Pumps, tmp_path: Path, children: Any
+) -> None:
+    (tmp_path / "state/threads/lost+found").mkdir(parents=True)
+    (tmp_path / "state/threads/kept").mkdir()
+    stage = Stage(pumps, tmp_path, children)
+    assert sorted(stage.manager.threads) == ["kept", "t"]
+    assert any("lost+found" in line for line in stage.world.logged)
+    stage.close()
