@@ -181,14 +181,21 @@ async def test_the_rest_of_a_deposit_after_the_workers_death_is_taken_and_pumped
     await stage.say("1000", b"hello", b"hello 1\r\n")
 
 
-async def test_a_whole_deposit_after_the_workers_death_is_taken_and_pumped(stage: Stage) -> None:
+async def test_a_whole_deposit_after_the_workers_death_goes_to_its_successor(stage: Stage) -> None:
     peer = await stage.wake()
     stage.die()
-    await stage.wake()  # and its successor is up already
+    await stage.wake()
     handles = stage.children.start("1000", *COUNTER)
     stage.deposit(handles, "1000", peer)
     handles.close()
-    assert stage.entry("1000").state is State.DETACHED
+    order = await stage.asked("import")
+    packet = stage.theirs[-1].receive()
+    assert packet is not None
+    assert order.body["tickets"] == [packet.message["ticket"]]
+    (parcel,) = open_parcel(packet).items()
+    assert parcel[0] == ("t", "1000")
+    parcel[1].close()
+    stage.die()
     await stage.say("1000", b"hello", b"hello 1\r\n")
 
 
