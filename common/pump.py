@@ -40,9 +40,12 @@ TURN = 64 << 10
 # Seconds that pumping may go on before everything else that the process does gets its turn.  A control call
 # under flood waits for a few of these: the request is read in one trip through the loop and served in the next.
 SLICE = 0.001
-# Seconds to wait for more from terminals that were just busy, before going back to the loop: a trip through
-# asyncio costs more than the 4 KiB that a terminal yields at a time.
-LINGER = 0.0005
+# Seconds to wait for more from terminals that flood, before going back to the loop: a trip through asyncio costs
+# more than the 4 KiB that a terminal yields at a time.  Nothing shorter: epoll counts in milliseconds.
+LINGER = 0.001
+# Bytes in one round of turns that count as a flood.  Whoever waits for an echo, a prompt or an end must not wait
+# for `LINGER` too.
+FLOOD = 2 << 10
 # Seconds until a transcript that refused bytes is tried again.
 FULL_RETRY = 0.25
 
@@ -327,15 +330,15 @@ class Pumps:
             moved = self._turns(until)
             if clock() >= until:
                 break
-            events = poll(0 if self._busy else LINGER, 256) if moved or events else []
+            events = poll(LINGER if moved >= FLOOD and not self._busy else 0, 256)
             if not events and not self._busy:
                 break
         if self._busy:
             self._schedule()
 
-    def _turns(self, until: float) -> bool:
-        """Give each busy pump one turn, but stop at `until` (monotonic); tell whether any moved something."""
-        moved = False
+    def _turns(self, until: float) -> int:
+        """Give each busy pump one turn, but stop at `until` (monotonic); return how many bytes were moved."""
+        moved = 0
         for owner in list(self._busy):
             if owner not in self._busy:  # an earlier one has removed it
                 continue
@@ -350,7 +353,7 @@ class Pumps:
             if step is Step.MORE:
                 self._busy[owner] = None  # behind those that had no turn yet
             if pump.written != before:
-                moved = True
+                moved += pump.written - before
                 if step is not Step.FULL:
                     pump.refusal = None
                 pump.transcript.trim(pump.written)

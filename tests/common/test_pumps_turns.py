@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -79,3 +80,40 @@ async def test_a_flood_gets_one_turn_in_each_trip_through_the_loop(
     finally:
         pumps.close()
     assert max(turns) == 1
+
+
+class Listener(Owner):
+    """Counts how often output was told."""
+
+    told = 0
+
+    def output_moved(self) -> None:
+        self.told += 1
+
+
+async def test_a_little_output_is_told_before_more_is_waited_for(
+    spring: Spring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump_module, "LINGER", 2.0)
+    monkeypatch.setattr(pump_module, "SLICE", 1000.0)
+    pumps = Pumps(asyncio.get_running_loop())
+    owner = Listener(Pump(spring.handles, spring.transcript))
+    pumps.add(owner)
+    heard = threading.Event()
+
+    def say_more() -> None:
+        """Only a loop that waits for more needs this to go on."""
+        if not heard.wait(1):
+            os.write(spring.mouth, b"more")
+
+    speaker = threading.Thread(target=say_more)
+    try:
+        os.write(spring.mouth, b"echo")
+        speaker.start()
+        while not owner.told:
+            await asyncio.sleep(0)
+        heard.set()
+        assert owner.told == 1
+    finally:
+        speaker.join()
+        pumps.close()
