@@ -50,6 +50,21 @@ class _Child:
     handles: Handles
 
 
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What a forked child needs to become the command, all of it made before the fork.
+
+    Each page that a child touches between fork and exec is copied for it, so that the same line costs it several
+    times what it costs us.
+    """
+
+    facts: Facts
+    environment: dict[bytes, bytes]
+    transcript: int
+    # Soft limits, as they were before we raised them.
+    limits: dict[int, int]
+
+
 class _Pty(ptyprocess.PtyProcess):  # type: ignore[misc]
     """A `PtyProcess` only as far as its fork: descriptor and pid are ours, and nothing sleeps or kills.
 
@@ -157,11 +172,11 @@ class Spawner:
                 handles.terminal, output_write = os.pipe()
                 os.set_blocking(handles.terminal, False)
             self._deposit(facts, handles.held(), strict=True)
-            environment = dict(order["environment"])
+            command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits)
             if facts.tty:
-                handles.terminal, pid = _fork_on_terminal(facts, environment, handles.transcript, self.limits)
+                handles.terminal, pid = _fork_on_terminal(command)
             else:
-                pid = _fork_on_pipe(facts, environment, handles.transcript, output_write, self.limits)
+                pid = _fork_on_pipe(command, output_write)
         finally:
             if output_write >= 0:
                 os.close(output_write)
@@ -215,17 +230,15 @@ def _shrink(pipe: int) -> None:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CONDUIT_SIZE)
 
 
-def _fork_on_terminal(
-    facts: Facts, environment: dict[bytes, bytes], transcript: int, limits: dict[int, int]
-) -> tuple[int, int]:
+def _fork_on_terminal(command: _Command) -> tuple[int, int]:
     """Return (master, pid)."""
     _Pty.born.clear()
     try:
         child = _Pty.spawn(
             [sys.executable],  # only to satisfy its search; `_become` executes the real program
-            preexec_fn=lambda: _become(facts, environment, transcript, limits),
-            dimensions=(facts.rows, facts.columns),
-            pass_fds=(transcript,),
+            preexec_fn=lambda: _become(command),
+            dimensions=(command.facts.rows, command.facts.columns),
+            pass_fds=(command.transcript,),
         )
     except OSError as error:
         raise SpawnError(f"no terminal for the command: {error}", "fork") from None
@@ -239,9 +252,7 @@ def _fork_on_terminal(
     return child.fd, child.pid
 
 
-def _fork_on_pipe(
-    facts: Facts, environment: dict[bytes, bytes], transcript: int, output: int, limits: dict[int, int]
-) -> int:
+def _fork_on_pipe(command: _Command, output: int) -> int:
     """Return the pid of a child whose standard input is /dev/null and whose output is one pipe."""
     error_read, error_write = os.pipe()
     try:
@@ -256,8 +267,8 @@ def _fork_on_pipe(
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            _close_all_but(transcript, error_write)
-            _become(facts, environment, transcript, limits)
+            _close_all_but(command.transcript, error_write)
+            _become(command)
         except BaseException as error:
             os.write(error_write, str(error).encode("utf-8", "surrogateescape"))
         finally:
@@ -278,23 +289,23 @@ def _close_all_but(*kept: int) -> None:
         low = fd + 1
 
 
-def _become(facts: Facts, environment: dict[bytes, bytes], transcript: int, limits: dict[int, int]) -> None:
+def _become(command: _Command) -> None:
     """Turn the forked child into the command; raises `RuntimeError` with the stage and the reason."""
+    facts = command.facts
     try:
         os.chdir(facts.cwd)
     except OSError as error:
         raise RuntimeError(f"directory|{_shown(facts.cwd)}: {error.strerror}") from None
-    for number in signal.valid_signals():
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
-        launch.restore_limits(limits)
+        launch.restore_limits(command.limits)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"limits|{error}") from None
-    mark_started(transcript, os.getpid())
+    mark_started(command.transcript, os.getpid())
     try:
-        os.execvpe(facts.argv[0], list(facts.argv), environment)
+        # A path needs no search, and the search is Python.
+        execute = os.execve if b"/" in facts.argv[0] else os.execvpe
+        execute(facts.argv[0], facts.argv, command.environment)
     except OSError as error:
         raise RuntimeError(f"exec|{_shown(facts.argv[0])}: {error.strerror}") from None
     except ValueError as error:
@@ -318,6 +329,20 @@ def _told(text: str) -> SpawnError:
     return SpawnError(f"the command could not be started ({stage}): {reason}", stage)
 
 
+def deafen(*numbers: int) -> None:
+    """Do nothing at these signals and at all that are ignored, such as SIGPIPE, which Python ignores.
+
+    Handled, not ignored: `execve` gives handled signals back their default, and leaves ignored ones ignored.
+    """
+    for number in signal.valid_signals():
+        if number in numbers or signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, _nothing)
+
+
+def _nothing(number: int, frame: object) -> None:
+    """Handle a signal."""
+
+
 def main() -> None:
     """Run the spawner on descriptor 3, the socket to its worker."""
     import socket
@@ -327,8 +352,7 @@ def main() -> None:
     gc.disable()
     gc.freeze()
     # The terminal's keys and the user's signals are for the children, not for us.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+    deafen(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     Spawner(Channel(socket.socket(fileno=launch.FIRST_FD))).run()
 
 
