@@ -329,7 +329,7 @@ async def first_output(thread: Thread, process_ids: list[str]) -> None:
 async def drain(bench: Bench) -> list[Row]:
     """Drain of one and of 16 flooding children, attached and detached."""
     rows: list[Row] = []
-    total = (64 if bench.quick else 256) << 20
+    total = (64 if bench.quick else 128) << 20
     for count in (1, 16):
         bare: list[float] = []
         ours: dict[str, list[float]] = {"attached": [], "detached": []}
@@ -960,7 +960,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one list of objects instead of a table")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer repetitions: about a minute, and rougher numbers"
+        "--quick", action="store_true", help="fewer repetitions: about two minutes, and rougher numbers"
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=MEASUREMENTS, help="measure only these")
     options = parser.parse_args()
