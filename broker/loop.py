@@ -313,7 +313,8 @@ class Broker:
             token = peer.admit("client")
         elif role == "worker":
             thread_id, epoch = message.get("thread"), message.get("epoch")
-            known = {(pid, thread, number) for pid, thread, number, _ in self._workers.values()}
+            # A list: what the peer sent may be something that cannot be hashed.
+            known = [(pid, thread, number) for pid, thread, number, _ in self._workers.values()]
             there = peer.pidfd is not None and kernel.pidfd_pid(peer.pidfd) == peer.pid
             if not there or (peer.pid, thread_id, epoch) not in known:
                 raise PeerError(f"process {peer.pid} is not the worker of {thread_id!r:.80} epoch {epoch!r:.20}")
