@@ -128,7 +128,7 @@ class Operations:
             await self._threads.handed_over(thread)
             peer = thread.worker
             if found.custody.holder is Holder.BROKER:
-                yield_s = write_yield(call.yield_time_ms, call.chars)
+                yield_s = write_yield(call.yield_time_ms, call.chars, typed=call.typed)
                 held = self._held(found)
                 answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
                 return msgspec.structs.replace(answer, typed=earlier + answer.typed)
@@ -173,8 +173,7 @@ class Operations:
                 "much of the input it got is not known: look at its output first"
             )
         rest = call.chars[typed:] if call.chars else b""
-        # With everything typed what is left to do is a poll, which would wait longer than was asked for.
-        return msgspec.structs.replace(call, chars=rest, since=entry.relayed)
+        return msgspec.structs.replace(call, chars=rest, since=entry.relayed, typed=call.typed or typed > 0)
 
     def _relayed(self, thread: Thread, result: Any) -> None:
         if entry := thread.entries.get(result["process_id"]):

@@ -414,9 +414,12 @@ def exec_yield(milliseconds: int) -> float:
     return min(max(milliseconds, 250), 30_000) / 1000
 
 
-def write_yield(milliseconds: int, chars: bytes) -> float:
-    """Return how long `write_stdin` waits, in seconds: an empty poll is meant to wait."""
-    return exec_yield(milliseconds) if chars else min(max(milliseconds, 5_000), 300_000) / 1000
+def write_yield(milliseconds: int, chars: bytes, *, typed: bool = False) -> float:
+    """Return how long `write_stdin` waits, in seconds: an empty poll is meant to wait.
+
+    `typed`: without `chars` it is no poll, since all of them have been typed already.
+    """
+    return exec_yield(milliseconds) if chars or typed else min(max(milliseconds, 5_000), 300_000) / 1000
 
 
 def _wake(waiters: list[asyncio.Future[None]]) -> None:

@@ -107,7 +107,8 @@ class WriteStdin(Body, frozen=True, kw_only=True):
 
     `resume`: start or wake the thread's worker for it; else a detached process is typed into by the broker.
     `since`: answer with the output from this offset on rather than from what was delivered; set by the
-    broker when it sends a poll again that died with a worker.
+    broker when it sends a call again that died with a worker; then `typed` says that some of its input had been
+    typed, so that without `chars` it is no poll either.
     """
 
     thread: Name
@@ -118,6 +119,7 @@ class WriteStdin(Body, frozen=True, kw_only=True):
     write_id: Text = ""
     resume: bool = True
     since: Offset | None = None
+    typed: bool = False
 
 
 class ReadOutput(Body, frozen=True, kw_only=True):

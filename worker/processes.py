@@ -166,7 +166,10 @@ class ProcessManager:
         self._talking[call.process_id] += 1
         try:
             response = await managed.held.converse(
-                call.chars, write_yield(call.yield_time_ms, call.chars), call.max_output_tokens, call.since
+                call.chars,
+                write_yield(call.yield_time_ms, call.chars, typed=call.typed),
+                call.max_output_tokens,
+                call.since,
             )
         finally:
             self._talked(call.process_id)
