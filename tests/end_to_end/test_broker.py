@@ -315,22 +315,22 @@ asyncio.run(main())
         assert home.pids("broker") == [broker]
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "a\0b", "x" * 10_000, "", "-x", "ä", "a b", "a\n"])
-async def test_a_name_that_no_thread_may_have_is_refused_and_shown(host: outlive.Host, name: str) -> None:
-    for act in (host.thread(name), outlive.Thread(host, name).exec_command(["true"])):
-        with pytest.raises(outlive.BadRequest, match=r"thread .*: a name has") as error:
-            await act
-        assert len(str(error.value)) < 300
-    assert await host.threads() == []
+async def test_a_name_that_no_thread_may_have_is_refused_and_shown(host: outlive.Host) -> None:
+    for name in ("a/b", "..", ".", "a\0b", "x" * 10_000, "", "-x", "ä", "a b", "a\n"):
+        for act in (host.thread(name), outlive.Thread(host, name).exec_command(["true"])):
+            with pytest.raises(outlive.BadRequest, match=r"thread .*: a name has") as error:
+                await act
+            assert len(str(error.value)) < 300
+        assert await host.threads() == []
 
 
-@pytest.mark.parametrize("name", ["1/2", "..", "1\0", "9" * 10_000, "", "-1", "0", "٣٤", "1 ", "1\n"])
-async def test_a_name_that_no_process_may_have_is_refused_and_shown(host: outlive.Host, name: str) -> None:
+async def test_a_name_that_no_process_may_have_is_refused_and_shown(host: outlive.Host) -> None:
     thread = await host.thread("names")
-    for act in (thread.write_stdin, thread.read_output, thread.wait, thread.kill):
-        with pytest.raises(outlive.BadRequest, match=r"process .*: a process id is a number") as error:
-            await act(name)
-        assert len(str(error.value)) < 300
+    for name in ("1/2", "..", "1\0", "9" * 10_000, "", "-1", "0", "٣٤", "1 ", "1\n"):
+        for act in (thread.write_stdin, thread.read_output, thread.wait, thread.kill):
+            with pytest.raises(outlive.BadRequest, match=r"process .*: a process id is a number") as error:
+                await act(name)
+            assert len(str(error.value)) < 300
 
 
 async def test_a_command_line_that_cannot_be_one_is_refused(host: outlive.Host) -> None:
