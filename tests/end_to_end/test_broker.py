@@ -258,8 +258,8 @@ async def commands_leave_no_descriptor(home: Home, host: outlive.Host, count: in
     thread = await host.thread("many")
 
     async def some(number: int) -> None:
-        for at in range(0, number, 4):
-            await asyncio.gather(*(thread.exec_command(["true"], tty=bool((at + n) % 2)) for n in range(4)))
+        for at in range(0, number, 8):
+            await asyncio.gather(*(thread.exec_command(["true"], tty=bool((at + n) % 2)) for n in range(8)))
 
     await some(8)
     worker = await home.worker(host, "many")
@@ -296,7 +296,7 @@ asyncio.run(main())
 
         async def fill(thread: outlive.Thread) -> None:
             while True:
-                await thread.exec_command(["cat"], tty=True, yield_time_ms=1)
+                await asyncio.gather(*(thread.exec_command(["cat"], tty=True, yield_time_ms=1) for _ in range(5)))
 
         with pytest.raises(outlive.LimitReached, match="descriptors"):
             await fill(thread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,16 +56,14 @@ async def test_five_handoffs_in_a_row_lose_and_mix_up_nothing(home: Home, host: 
     cats, cat_ids = await two_cats(host, "row")
     for number in range(5):
         for child in children:
-            await child.more(200_000)
+            await child.more(50_000)
         assert (await thread.detach()).process_ids == sorted(ids + cat_ids)
         for child in children:
             await child.more(200_000)
-        for name in cat_ids:
-            await typed(cats, name, f"asleep {number} {name}", resume=False)
+        await asyncio.gather(*(typed(cats, name, f"asleep {number} {name}", resume=False) for name in cat_ids))
         row = await thread.resume()
         assert (row.state, row.attached, row.detached, row.epoch) == ("awake", 4, 0, number + 2)
-        for name in cat_ids:
-            await typed(cats, name, f"awake {number} {name}")
+        await asyncio.gather(*(typed(cats, name, f"awake {number} {name}") for name in cat_ids))
     for child in children:
         assert await child.finish() == outlive.Outcome("exited", code=7)
         await child.check()

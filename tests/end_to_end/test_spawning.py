@@ -144,16 +144,19 @@ async def test_kill_escalates_only_when_it_is_told_to(host: outlive.Host) -> Non
 
 
 async def test_a_grandchild_that_keeps_the_terminal_open_does_not_hold_up_the_end_and_is_still_read(
-    home: Home, host: outlive.Host, fifo: Callable[[str], Path]
+    host: outlive.Host, fifo: Callable[[str], Path]
 ) -> None:
     thread = await host.thread("grand")
-    go = fifo("go")
-    # Deaf to the hang-up that its leader's exit sends.
-    line = f"trap '' HUP; (read go <{go}; echo late) & echo early; exit 4"
-    child = await thread.exec_command(["sh", "-c", line], tty=True, call_id="grand", max_output_tokens=0)
-    assert child.exit_code == 4
-    assert b"early" in await thread.output(child.process_id)
-    go.write_text("go\n")
+    first, second = fifo("first"), fifo("second")
+    # The grandchild is deaf to the hang-up that its leader's exit sends.
+    line = f"trap '' HUP; (read go <{second}; echo late) & read go <{first}; echo early; exit 4"
+    child = await thread.exec_command(["sh", "-c", line], tty=True, yield_time_ms=250)
+    first.write_text("go\n")
+    assert await thread.wait(child.process_id) == outlive.Outcome("exited", code=4)
+    assert await thread.output(child.process_id) == b"early\r\n"
+    second.write_text("go\n")
+    while await thread.output(child.process_id) != b"early\r\nlate\r\n":
+        await thread.read_output(child.process_id, 7, wait_ms=100)
 
 
 @TWO_WAYS

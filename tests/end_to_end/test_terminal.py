@@ -145,8 +145,8 @@ async def test_yes_leaves_memory_bounded_and_is_killed(home: Home, host: outlive
 
     await flooded(4 << 20)
     before = weight()
-    await flooded(16 << 20)
-    assert weight() - before < 8 << 20
+    await flooded(12 << 20)
+    assert weight() - before < 6 << 20
     await thread.kill(*(child.process_id for child in children), signal="KILL")
     for child in children:
         assert await thread.wait(child.process_id) == outlive.Outcome("signaled", signal=9, by="caller")

@@ -90,10 +90,10 @@ async def test_children_that_end_while_workers_are_restarted_have_their_real_exi
         for number, path in enumerate(go, 50)
     ]
     for path in go:
-        path_opened = asyncio.to_thread(path.write_text, "go\n")
-        worker = await home.worker(host, "restart")
-        os.kill(worker, signal.SIGKILL)
-        await path_opened
+        restart = asyncio.create_task(home.kill_worker(host, "restart"))
+        await host.status()
+        await asyncio.to_thread(path.write_text, "go\n")
+        await restart
     for code, child in enumerate(children, 50):
         assert await thread.wait(child.process_id) == outlive.Outcome("exited", code=code)
 
