@@ -293,7 +293,8 @@ class Host:
 
     async def _reach(self) -> Channel:
         """Return a channel to the broker, started if need be and allowed."""
-        with suppress(ConnectionRefusedError, FileNotFoundError):
+        # A folder that cannot be used is told, with its name, when it is prepared.
+        with suppress(ConnectionRefusedError, FileNotFoundError, NotADirectoryError, PermissionError):
             return channel.connect(self.paths.channel)
         if not self._start:
             raise Unavailable(f"no broker runs for {self.paths.run}; `outlive up` starts it")

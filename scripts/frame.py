@@ -66,7 +66,10 @@ def with_host(work: Callable[[Host], Awaitable[T]], *, start: bool = True) -> T:
         async with connect(start=start) as host:
             return await work(host)
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except KeyboardInterrupt:
+        raise click.Abort from None  # click answers the other one with an empty line
 
 
 def show(value: Any, as_json: bool, text: str) -> None:

@@ -77,37 +77,29 @@ def printable(text: str) -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
     """Write rows under their headings; `numbers` names the columns that are set to the right."""
     cells = [[printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
-    if sys.stdout is not None and os.isatty(_STDOUT):
-        _draw(columns, cells, numbers)
-        return
     widths = [max(len(line[at]) for line in [columns, *cells]) for at in range(len(columns))]
+    lines = []
     for line in [columns, *cells]:
         padded = [
             cell.rjust(width) if name in numbers else cell.ljust(width)
             for name, cell, width in zip(columns, line, widths, strict=True)
         ]
-        write_line("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
+    if sys.stdout is not None and os.isatty(_STDOUT):
+        _draw(lines)
+    else:
+        write_line("\n".join(lines))
 
 
-def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
-    """For a terminal: headings stand out, and the last column gets what room is left."""
+def _draw(lines: Sequence[str]) -> None:
+    """For a terminal: the headings stand out, and no line is longer than the terminal is wide."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        last = name == columns[-1]
-        drawn.add_column(
-            name,
-            justify="right" if name in numbers else "left",
-            no_wrap=True,
-            overflow="ellipsis" if last else "fold",
-            min_width=None if last else max(len(row[columns.index(name)]) for row in [columns, *rows]),
-        )
-    for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    Console(file=sys.stdout, highlight=False).print(drawn)
+    console = Console(file=sys.stdout, highlight=False)
+    for number, line in enumerate(lines):
+        text = Text(line, style="" if number else "bold", no_wrap=True, overflow="ellipsis")
+        console.print(text, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
