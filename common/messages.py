@@ -29,8 +29,7 @@ OFFSET_MAX = (1 << 62) - 1
 # A subscription to a topic that starts with this is sent back, to it alone: it and those before it are in force.
 READY_TOPIC = b"ready-"
 
-# No lone surrogates: these become part of headers and file contents.
-Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\ud800-\udfff]*\Z")]
+Text = Annotated[str, msgspec.Meta(max_length=256)]
 Name = Annotated[str, msgspec.Meta(max_length=100_000)]  # checked by `paths`, with an error of its own
 Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=86_400_000)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]

@@ -128,7 +128,8 @@ class Facts:
                 "started_at": self.started_at_ns,
                 "boot": self.boot_id,
                 "limits": [limits.head, limits.tail, limits.unread, limits.slack],
-            }
+            },
+            unicode_errors="surrogateescape",  # a call id is the caller's own word
         )
         return raw
 
@@ -136,7 +137,7 @@ class Facts:
     def from_bytes(cls, raw: bytes) -> Facts:
         """Understand the static part of a header; raises `PeerError` naming what is wrong with it."""
         try:
-            table = msgpack.unpackb(raw, strict_map_key=True)
+            table = msgpack.unpackb(raw, strict_map_key=True, unicode_errors="surrogateescape")
             columns, rows = table["size"]
             facts = cls(
                 table["thread"],

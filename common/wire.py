@@ -43,7 +43,7 @@ def encode(message: Request | Reply) -> bytes:
             msgspec.to_builtins(message, builtin_types=(bytes,)), unicode_errors="surrogateescape"
         )
     except UnicodeEncodeError as error:
-        raise BadRequest(f"text with a lone surrogate: {error.object!r:.80}") from None
+        raise BadRequest(f"{error.object!r:.80} is no text: it has a lone surrogate") from None
     if len(raw) > FRAME_MAX:
         raise BadRequest(f"message of {len(raw)} bytes; at most {FRAME_MAX} are sent")
     return raw
