@@ -13,7 +13,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 # Names a child gets, and that nothing of ours may carry: a tree that must be killed is found by them.
 THREAD = b"OUTLIVE_THREAD"
@@ -43,15 +44,19 @@ def launch(
     """
     environment = {name: value for name, value in os.environb.items() if name not in (THREAD, PROCESS, MARK, ROLE)}
     environment[ROLE] = module.rpartition("outlive.")[2].encode()
-    # Two steps, since a number we want to fill may be one that we still have to copy from.
-    high = 64 + FIRST_FD + len(fds)
+    # Two steps, since a number we want to fill may be one that we still have to copy from; by way of numbers
+    # that are neither.
+    numbers = (at for at in count(FIRST_FD + len(fds)) if at not in fds and at != log)
+    steps = list(zip(fds, range(FIRST_FD, FIRST_FD + len(fds)), numbers, strict=False))
+    # What others left open in us for whatever we start, such as a shell's `9>lock`, must not live as long.
+    strangers = set(_inheritable()) - set(range(FIRST_FD + len(fds)))
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
         (os.POSIX_SPAWN_DUP2, 0, 1),
         (os.POSIX_SPAWN_DUP2, log if log >= 0 else 0, 2),
-        *((os.POSIX_SPAWN_DUP2, fd, high + at) for at, fd in enumerate(fds)),
-        *((os.POSIX_SPAWN_DUP2, high + at, FIRST_FD + at) for at in range(len(fds))),
-        *((os.POSIX_SPAWN_CLOSE, high + at) for at in range(len(fds))),
+        *((os.POSIX_SPAWN_DUP2, fd, between) for fd, _, between in steps),
+        *((os.POSIX_SPAWN_DUP2, between, to) for _, to, between in steps),
+        *((os.POSIX_SPAWN_CLOSE, fd) for fd in sorted(strangers.union(between for *_, between in steps))),
     ]
     # -P: a `json.py` in the caller's directory must not shadow ours.
     argv = [sys.executable, "-P", "-m", module, *arguments]
@@ -66,6 +71,16 @@ def launch(
         setsigmask=(),
         setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM),
     )
+
+
+def _inheritable() -> Iterator[int]:
+    """Yield our descriptors that a program we execute would inherit."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.get_inheritable(int(name)):
+                yield int(name)
+        except OSError:  # the folder's own
+            continue
 
 
 def raise_limits() -> None:
