@@ -1,0 +1,137 @@
+"""A tree is found by mark, session and parent links; nothing else is ever signalled."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from outlive.common import kernel, launch, tree
+from outlive.common.descriptors import Handles
+
+from .conftest import PYTHON, Children, await_end, eventually
+
+# Forks twice into a session of its own, and writes the daemon's pid.
+DAEMON = """
+import os, sys
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        path = sys.argv[1]
+        with open(path + '~', 'w') as file: file.write(str(os.getpid()))
+        os.rename(path + '~', path)
+        os.execv('/bin/sleep', ['sleep', '1000'])
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark, of which nothing is left afterwards."""
+    mark = secrets.token_hex(16)
+    yield mark
+    tree.end(tree.Root(mark, None))
+
+
+def pid_in(path: Path) -> int:
+    return int(eventually(lambda: path.exists() and path.read_text()) or 0)
+
+
+def pids(root: tree.Root) -> set[int]:
+    return {process.pid for process in tree.members(root)}
+
+
+def pid_of(handles: Handles) -> int:
+    pid = kernel.pidfd_pid(handles.pidfd)
+    assert pid is not None
+    return pid
+
+
+def test_a_daemon_of_its_own_session_is_found_by_its_mark_after_all_parents_are_gone(
+    children: Children, mark: str, tmp_path: Path
+) -> None:
+    handles = children.start(*PYTHON, DAEMON, str(tmp_path / "pid"), tty=False, mark=mark)
+    daemon = pid_in(tmp_path / "pid")
+    await_end(handles.pidfd)
+    assert pids(tree.root(mark, handles.pidfd)) == {daemon}
+    tree.end(tree.root(mark, handles.pidfd))
+    eventually(lambda: not psutil.pid_exists(daemon) or psutil.Process(daemon).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_changed_environment_does_not_hide_a_process(children: Children, mark: str) -> None:
+    line = "env -i /bin/sleep 1000 & setsid env -i /bin/sleep 1000 & wait"
+    handles = children.start("/bin/sh", "-c", line, tty=False, mark=mark)
+    leader = psutil.Process(pid_of(handles))
+    eventually(lambda: [child.name() for child in leader.children()] == ["sleep", "sleep"])
+    found = leader.children()
+    assert pids(tree.root(mark, handles.pidfd)) == {leader.pid, *(child.pid for child in found)}
+    tree.end(tree.root(mark, handles.pidfd))
+    await_end(handles.pidfd)
+    assert psutil.wait_procs(found, timeout=60)[1] == []
+
+
+def test_two_trees_are_not_mixed_up(children: Children, mark: str) -> None:
+    other = secrets.token_hex(16)
+    first = children.start("/bin/sleep", "1000", tty=False, mark=mark)
+    second = children.start("/bin/sleep", "1000", tty=False, mark=other)
+    eventually(lambda: pids(tree.root(mark, first.pidfd)) == {pid_of(first)})
+    tree.end(tree.root(mark, first.pidfd))
+    await_end(first.pidfd)
+    assert not kernel.is_dead(pid_of(second), kernel.start_time(pid_of(second)) or 0)
+
+
+def test_a_signal_reaches_every_process_and_they_are_counted(children: Children, mark: str) -> None:
+    handles = children.start("/bin/sh", "-c", "sleep 1000 & sleep 1000 & wait", tty=False, mark=mark)
+    root = tree.root(mark, handles.pidfd)
+    eventually(lambda: len(pids(root)) == 3)
+    assert tree.send(root, signal.SIGTERM) == 3
+    await_end(handles.pidfd)
+
+
+def test_our_own_runtime_and_its_children_are_spared(children: Children, mark: str) -> None:
+    """An agent's command may have started a broker, whose own processes have marks of their own."""
+    line = f"{launch.ROLE.decode()}=broker setsid env -u OUTLIVE_MARK sh -c 'env -u {launch.ROLE.decode()} sleep 1000 & wait' & wait"
+    handles = children.start("/bin/sh", "-c", line, tty=False, mark=mark)
+    leader = psutil.Process(pid_of(handles))
+
+    def runtime() -> list[psutil.Process]:
+        return [child for child in leader.children(recursive=True) if child.name() in ("sh", "sleep")]
+
+    eventually(lambda: {child.name() for child in runtime()} == {"sh", "sleep"})
+    spared = runtime()
+    try:
+        eventually(lambda: pids(tree.root(mark, handles.pidfd)) == {leader.pid})
+        tree.end(tree.root(mark, handles.pidfd))
+        await_end(handles.pidfd)
+        assert all(process.is_running() for process in spared)
+    finally:
+        for process in spared:
+            process.kill()
+
+
+def test_a_reaped_leaders_pid_is_nobodys(children: Children, mark: str) -> None:
+    handles = children.start("/bin/true", tty=False, mark=mark)
+    pid = pid_of(handles)
+    assert tree.root(mark, handles.pidfd).leader == pid
+    await_end(handles.pidfd)
+    os.waitpid(pid, 0)
+    assert tree.root(mark, handles.pidfd).leader is None
+    assert tree.root(mark, -1).leader is None
+
+
+def test_a_recycled_pid_is_not_signalled(children: Children) -> None:
+    handles = children.start("/bin/sleep", "1000", tty=False)
+    found = psutil.Process(pid_of(handles))
+    # As if it had been found when the pid was somebody else's.
+    found._create_time = 1.0  # type: ignore[attr-defined]
+    found._ident = (found.pid, 1.0)  # type: ignore[attr-defined]
+    assert not tree._signal(found, signal.SIGKILL)
+    assert not kernel.is_dead(found.pid, kernel.start_time(found.pid) or 0)
+    assert tree._signal(psutil.Process(found.pid), signal.SIGKILL)
+    await_end(handles.pidfd)
