@@ -96,7 +96,8 @@ def test_a_signal_reaches_every_process_and_they_are_counted(children: Children,
 
 def test_our_own_runtime_and_its_children_are_spared(children: Children, mark: str) -> None:
     """An agent's command may have started a broker, whose own processes have marks of their own."""
-    line = f"{launch.ROLE.decode()}=broker setsid env -u OUTLIVE_MARK sh -c 'env -u {launch.ROLE.decode()} sleep 1000 & wait' & wait"
+    role = launch.ROLE.decode()
+    line = f"{role}=broker setsid env -u OUTLIVE_MARK sh -c 'env -u {role} sleep 1000 & wait' & wait"
     handles = children.start("/bin/sh", "-c", line, tty=False, mark=mark)
     leader = psutil.Process(pid_of(handles))
 
