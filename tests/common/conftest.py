@@ -190,10 +190,14 @@ class Children:
 
     def close(self) -> None:
         for pid in self._pids:
-            with suppress(ProcessLookupError, ChildProcessError):
-                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+            with suppress(ChildProcessError):
+                # Until it is reaped, its number and its group's are its own; a shell's own child is in the group.
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                if ended is None:
                     os.kill(pid, signal.SIGKILL)
-                    os.waitid(os.P_PID, pid, os.WEXITED)
+                os.waitid(os.P_PID, pid, os.WEXITED)
         for handles in self._handles:
             handles.close()
         for fd in self._transcripts:
