@@ -67,6 +67,8 @@ MARGIN = 60.0
 # Seconds until a broker that is being started has to answer.
 START_DEADLINE = 20.0
 _LOOK = 0.01
+# Seconds that the kernel may take between closing a dying broker's first socket and its last.
+_HANG_UP = 2.0
 # Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
 FOLLOW_MS = 3_600_000
 
@@ -79,6 +81,10 @@ def connect(paths: Paths | None = None, *, start: bool = True) -> Host:
     Raises (on entering) `Unavailable` when there is no broker and none may be or could be started.
     """
     return Host(paths or Paths.from_environment(), start=start)
+
+
+class _NotSent(ConnectionError):
+    """The broker was lost before the request was on its way: asking again does nothing twice."""
 
 
 class _Connection:
@@ -105,13 +111,25 @@ class _Connection:
         deadline = None if seconds is None else kernel.boottime() + seconds
         try:
             if self.lost.is_set():
-                raise ConnectionResetError("the broker has gone")
+                raise _NotSent("the broker has gone")
             request = wire.request(body, id=number, token=self._token, deadline=deadline)
-            self._port.send([wire.encode(request)])
+            frame = wire.encode(request)
+            try:
+                self._port.send([frame])
+            except zmq.Again:  # nobody is connected, and the channel will say so; or our queue is full
+                await self._until_lost()
+                if self.lost.is_set():
+                    raise _NotSent("the broker has gone") from None
+                raise
             async with asyncio.timeout(seconds):
                 return await answer
         finally:
             self._replies.pop(number, None)
+
+    async def _until_lost(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HANG_UP):
+                await self.lost.wait()
 
     def close(self) -> None:
         """Hang up; what is under way fails with `ConnectionError`."""
@@ -265,6 +283,8 @@ class Host:
             connection = await self._connected()
             try:
                 reply = await connection.ask(body, seconds)
+            except _NotSent:
+                continue
             except ConnectionError:
                 if not repeat:
                     raise Interrupted(
