@@ -39,6 +39,8 @@ from .threads import ThreadManager, rfc3339
 
 # Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
 RESERVE = 64
+# Of those, how many peers may take: whoever comes to a full broker may come to end something.
+PEERS_RESERVE = 24
 # Seconds that a new connection has for its handshake.
 HANDSHAKE_DEADLINE = 10.0
 # Peers at once: each takes a descriptor or two.
@@ -257,7 +259,7 @@ class Broker:
                 return
             try:
                 pid = channel.check_user(connection)
-                if len(self._peers) + len(self._unknown) >= PEERS_MAX or self.descriptors_left() <= 0:
+                if len(self._peers) + len(self._unknown) >= PEERS_MAX or self.descriptors_left() <= -PEERS_RESERVE:
                     raise PeerError(f"{PEERS_MAX} peers are connected, or no descriptors are left")
             except PeerError as error:
                 self.log(f"refused: {error}")
