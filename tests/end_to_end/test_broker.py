@@ -296,7 +296,10 @@ asyncio.run(main())
 
         async def fill(thread: outlive.Thread) -> None:
             while True:
-                await asyncio.gather(*(thread.exec_command(["cat"], tty=True, yield_time_ms=1) for _ in range(5)))
+                starts = (thread.exec_command(["cat"], tty=True, yield_time_ms=1) for _ in range(5))
+                for answer in await asyncio.gather(*starts, return_exceptions=True):
+                    if isinstance(answer, BaseException):
+                        raise answer
 
         with pytest.raises(outlive.LimitReached, match="descriptors"):
             await fill(thread)
@@ -307,6 +310,9 @@ asyncio.run(main())
         # Another thread meets the same limit.
         with pytest.raises((outlive.LimitReached, outlive.SpawnError), match="descriptor"):
             await fill(await host.thread("other"))
+        # There is always room for somebody who comes to end something.
+        async with outlive.connect(start=False) as newcomer:
+            assert len(await newcomer.processes()) >= len(held)
         await thread.kill(*[row.process_id for row in await thread.processes()], signal="KILL")
         for process_id in [row.process_id for row in await thread.processes(ended=True)]:
             await thread.wait(process_id)
