@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -89,6 +90,7 @@ class Operations:
                 "raise the limit and restart the broker"
             )
         while True:
+            await self._threads.started(thread, call.call_id)
             if archived := thread.archive.calls.get(call.call_id):
                 return thread.archive.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
             peer = await self._threads.worker(thread)
@@ -99,12 +101,16 @@ class Operations:
                 await entry.changed()
                 continue
             if entry and entry.custody.holder is Holder.BROKER:
-                held = self._held(entry)
                 started = time.monotonic()
-                await held.until_ended(started + exec_yield(call.yield_time_ms))
-                return held.answer(started, call.max_output_tokens, since=0)
+                with self._talk(entry) as held:
+                    await held.until_ended(started + exec_yield(call.yield_time_ms))
+                    response = held.answer(started, call.max_output_tokens, since=0)
+                    self._told(entry, response.output_end, response.outcome)
+                return response
+            peer.starts.add(call.call_id)
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
+                peer.starts.discard(call.call_id)
             except WorkerGone:
                 continue
             except ExpiredProcess:
@@ -124,13 +130,14 @@ class Operations:
                 return msgspec.structs.replace(answer, typed=earlier)
             thread = self._threads.get(call.thread)
             if call.resume:
-                await self._threads.worker(thread)
+                await self._worker_to_type(thread, call, earlier)
             await self._threads.handed_over(thread)
             peer = thread.worker
             if found.custody.holder is Holder.BROKER:
                 yield_s = write_yield(call.yield_time_ms, call.chars, typed=call.typed)
-                held = self._held(found)
-                answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+                with self._talk(found) as held:
+                    answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
+                    self._told(found, answer.output_end, answer.outcome)
                 return msgspec.structs.replace(answer, typed=earlier + answer.typed)
             if found.custody.holder is Holder.NOBODY and found.state is not State.GONE:
                 await found.changed()
@@ -139,7 +146,8 @@ class Operations:
                 await thread.changed()
                 continue
             before = found.transcript.live().typed if found.transcript else 0
-            found.typists += bool(call.chars)
+            types = bool(call.chars)
+            found.typists += types
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
@@ -154,7 +162,7 @@ class Operations:
                     continue
                 raise
             finally:
-                found.typists -= bool(call.chars)
+                found.typists -= types
             self._relayed(thread, result)
             return {**result, "typed": earlier + result.get("typed", 0)}
 
@@ -175,9 +183,36 @@ class Operations:
         rest = call.chars[typed:] if call.chars else b""
         return msgspec.structs.replace(call, chars=rest, since=entry.relayed, typed=call.typed or typed > 0)
 
+    async def _worker_to_type(self, thread: Thread, call: WriteStdin, earlier: int) -> None:
+        """Wait for a worker; raises `Unavailable`, which may be tried again, only if nothing was typed yet."""
+        try:
+            await self._threads.worker(thread)
+        except Unavailable as error:
+            if not earlier:
+                raise
+            if call.chars:
+                raise Interrupted(f"only the first {earlier} bytes were typed before this: {error}") from None
+            # Everything was typed; whoever holds the process can answer.
+
+    @contextmanager
+    def _talk(self, entry: Entry) -> Iterator[Held]:
+        """Lend what we hold of a process to a call; afterwards it may be collected."""
+        held = self._held(entry)
+        entry.talks += 1
+        try:
+            yield held
+        finally:
+            entry.talks -= 1
+            # After the reply has been sent: writing a file takes its time.
+            asyncio.get_running_loop().call_soon(self._threads.settle, entry)
+
     def _relayed(self, thread: Thread, result: Any) -> None:
         if entry := thread.entries.get(result["process_id"]):
-            entry.relayed = result["output_end"]
+            self._told(entry, result["output_end"], result["outcome"])
+
+    def _told(self, entry: Entry, output_end: int, outcome: Any) -> None:
+        entry.relayed = output_end
+        entry.told = entry.told or outcome is not None
 
     # Looking.
 

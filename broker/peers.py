@@ -50,6 +50,8 @@ class Peer:
         self.waits: set[asyncio.Task[None]] = set()
         # Of a worker: what we wait for.
         self.calls: dict[int, asyncio.Future[Reply]] = {}
+        # Of a worker: ids of the calls it was told to start something for, unless it has answered.
+        self.starts: set[str] = set()
         self._numbers = itertools.count(1)
 
     def admit(self, role: Role, thread_id: str = "", epoch: int = 0) -> str:

@@ -117,6 +117,8 @@ class Entry:
         "pid",
         "relayed",
         "stream",
+        "talks",
+        "told",
         "transcript",
         "typists",
         "waiters",
@@ -135,6 +137,10 @@ class Entry:
         self.stream: tuple[int, int] | None = None
         # Up to which offset the agent has been answered, by us.
         self.relayed = 0
+        # Whether an answer told of its end.
+        self.told = False
+        # Calls that we answer from our own copies at this moment.
+        self.talks = 0
         # Calls that type into it at this moment.
         self.typists = 0
         self.waiters: list[asyncio.Future[None]] = []
@@ -174,6 +180,8 @@ class Thread:
         self.worker: Peer | None = None
         # The epoch whose channel is closed, for good if its worker is dead.
         self.hung_up = 0
+        # Workers that are dead while their spawners still hold their channels: a start may come out of these.
+        self.former: set[Peer] = set()
         self.failure = ""
         self.waiters: list[asyncio.Future[None]] = []
         # One handoff at a time; and the one that a new worker begins with.
@@ -332,11 +340,14 @@ class ThreadManager:
         if peer:
             peer.hang_up()
         thread.expected = False
+        if peer and peer.channel.fileno() >= 0:
+            thread.former.add(peer)
         thread.failure = how
         self._world.publish("worker", thread_id, what="died", epoch=epoch, how=how)
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.custody.holder is not Holder.BROKER:
                 self.move(entry, Event.WORKER_LOST)
+                self.settle(entry)  # it may have died before it could say that this one was collected
         if thread.hung_up == epoch:  # its channel closed first, and the spawner had it too
             self._resolve_starts(thread, epoch)
         self._live(thread, lifecycle.Event.DIED)
@@ -348,6 +359,8 @@ class ThreadManager:
             return
         if thread.worker is peer:
             thread.worker = None
+        thread.former.discard(peer)
+        _wake(thread.waiters)
         if thread.epoch == peer.epoch and thread.worker_pid is not None:
             thread.hung_up = peer.epoch
         else:
@@ -409,6 +422,11 @@ class ThreadManager:
             await asyncio.wait({thread.taking_back})
         async with thread.handoff:
             pass
+
+    async def started(self, thread: Thread, call_id: str) -> None:
+        """Wait while a spawner whose worker is dead may still be about to start something for this call."""
+        while any(call_id in peer.starts for peer in thread.former):
+            await thread.changed()
 
     async def gone(self, thread: Thread) -> None:
         """Wait until the thread has no worker process."""
@@ -792,6 +810,13 @@ class ThreadManager:
             self._expire_ended(self.threads[held.key[0]])
         else:
             _wake(entry.waiters)
+
+    def settle(self, entry: Entry) -> None:
+        """Let a process go that we hold, if its end and all its output were in answers."""
+        if entry.state is not State.ENDED or entry.custody.holder is not Holder.BROKER or entry.transcript is None:
+            return
+        if entry.told and not entry.talks and entry.transcript.live().delivered >= entry.transcript.written:
+            self.move(entry, Event.COLLECTED)
 
     def _expire_ended(self, thread: Thread) -> None:
         """Too many ended processes, or too old ones, that nobody collects must not hold descriptors for ever."""
