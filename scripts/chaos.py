@@ -2,14 +2,14 @@
 
     scripts/chaos worker --kills 2000 --children 4
 
-Threads whose workers are killed with SIGKILL at random moments: while they start, take their processes back, start
-commands, type, detach and reattach.  Meanwhile in each thread children flood numbered lines (`scripts.flood`), short
+Threads whose workers are killed with SIGKILL at random moments: while they start, take their processes back,
+start commands, type, detach and reattach.  Meanwhile in each thread children flood numbered lines (`flood`), short
 commands come and go, and somebody types into a shell that counts.  In the end every byte, outcome, process id and
 descriptor is accounted for, and the exit status says whether all was right.
 
-A check that cannot fail proves nothing.  `--copied` forces the fallback pump, which holds bytes in its hands, under a
-killer of real-time priority on a core of its own; it succeeds when it has *seen* a loss.  Without the rights for that
-the check is void, and it exits with 77.
+A check that cannot fail proves nothing.  `--copied` forces the fallback pump, which holds bytes in its hands,
+under a killer of real-time priority on a core of its own; it succeeds when it has *seen* a loss.  Without the
+rights for that the check is void, and it exits with 77.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ LOOK = 128 << 10
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL)
 # Complaints kept as evidence.
 EVIDENCE = 40
+# Deaths in a row before a worker is up that are mere chance: with each the broker waits longer before the next.
+HASTY_MAX = 2
+# How often a thread comes under siege, and for how many kills: then it is given up, until the next call.
+SIEGE = 0.01
+SIEGE_KILLS = 6
 # Seconds between two looks for the next worker to kill.
 _WATCH = 0.002
 # Rounds in which the copying pump must be seen to lose something, and kills in each.
@@ -115,7 +120,7 @@ class Toll:
             if len(self.evidence) < EVIDENCE:
                 self.evidence.append(f"{name} +{amount}: {why}")
 
-    def check_output(self, who: str, tag: int, expected: int, written: int) -> None:
+    def check_output(self, who: str, expected: int, written: int) -> None:
         """Compare how much a child printed with how much it should have."""
         self.count("lost", max(0, expected - written), f"{who}: {written} bytes of {expected}")
         self.count("repeated", max(0, written - expected), f"{who}: {written} bytes of {expected}")
@@ -140,6 +145,8 @@ class Mayhem:
         self.over = asyncio.Event()
         self._folder = folder / "runs"
         self._numbers = itertools.count(1)
+        # Thread → the epoch of the last worker that came up.
+        self._up: dict[str, int] = {}
         self._pids: dict[tuple[str, str], int | None] = {}
 
     async def until_done(self, call: Callable[P, Awaitable[T]], *arguments: P.args, **options: P.kwargs) -> T:
@@ -229,7 +236,7 @@ class Mayhem:
             at = output.next_offset
             if at >= output.written:
                 break
-        self.toll.check_output(who, tag, count * flood.WIDTH, output.written)
+        self.toll.check_output(who, count * flood.WIDTH, output.written)
 
     # Short commands.
 
@@ -291,8 +298,7 @@ class Mayhem:
                 reply = await self.until_done(
                     thread.write_stdin, process_id, f"n=$((n+1)); echo n=$n,{number}.\n", resume=resume
                 )
-            except outlive.Interrupted as error:
-                print("DEBUG", time.monotonic(), who, number, resume, error, file=sys.stderr)
+            except outlive.Interrupted:
                 toll.inputs_interrupted += 1
                 continue
             finally:
@@ -348,34 +354,46 @@ class Mayhem:
 
     async def killing(self, thread: outlive.Thread, kills: int) -> None:
         """Kill the thread's workers until `kills` were killed in all threads."""
-        killed, hasty = 0, 0
+        note = self.host.paths.workers / thread.thread_id
+        killed, hasty, siege = 0, 0, 0
         while not self.over.is_set():
-            worker = _worker(self.host.paths.workers / thread.thread_id)
+            worker = _worker(note)
             if worker is None or worker["epoch"] == killed:
                 await asyncio.sleep(_WATCH)
                 continue
-            patience = self._patience(hasty)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.over.wait(), patience)
+            kind = self.random.random()
+            if not siege and kind < SIEGE:
+                siege = SIEGE_KILLS
+            if siege or (kind < 0.3 and hasty < HASTY_MAX):
+                await asyncio.sleep(self.random.uniform(0, 0.03))
+            elif kind < 0.4 and hasty < HASTY_MAX:
+                await asyncio.sleep(self.random.uniform(0.03, 0.25))
+            else:
+                await self._until_up(thread, worker["epoch"], note)
+                await asyncio.sleep(self.random.uniform(0, 0.05 if kind < 0.7 else 0.5))
             if self.toll.kills >= kills:
                 self.over.set()
+            if self.over.is_set():
                 return
             killed = worker["epoch"]
-            if not _kill(worker["pid"], worker["start"]):  # it went to bed
-                continue
-            early = patience < 0.15
-            hasty = hasty + 1 if early else 0
-            self.toll.kills += 1
-            self.toll.kills_before_up += early
+            if _kill(worker["pid"], worker["start"]):
+                early = self._up.get(thread.thread_id) != killed
+                hasty, siege = hasty + 1 if early else 0, max(0, siege - 1)
+                self.toll.kills += 1
+                self.toll.kills_before_up += early
 
-    def _patience(self, hasty: int) -> float:
-        """Return how long a worker may live: seldom so short that the thread is given up for a while."""
-        kind = self.random.random()
-        if kind < 0.3 and (hasty < 2 or kind < 0.1):
-            return self.random.uniform(0, 0.03)
-        if kind < 0.4 and (hasty < 2 or kind < 0.35):
-            return self.random.uniform(0.03, 0.15)
-        return self.random.uniform(0.15, 0.7)
+    async def _until_up(self, thread: outlive.Thread, epoch: int, note: Path) -> None:
+        """Wait until a worker is up, or gone by itself."""
+        while self._up.get(thread.thread_id) != epoch and not self.over.is_set():
+            await asyncio.sleep(_WATCH)
+            if (_worker(note) or {}).get("epoch") != epoch:
+                return
+
+    async def watching(self) -> None:
+        """Note which workers are up."""
+        async for event in self.host.events():
+            if event["event"] == "worker" and event["what"] == "up":
+                self._up[event["thread"]] = event["epoch"]
 
     # Accounts.
 
@@ -405,6 +423,7 @@ class Mayhem:
             parts[f"handoffs of {thread.thread_id}"] = self.moving(thread)
         for slot in range(self.children):
             parts[f"flood {slot}"] = self.flooding(all_threads[slot % threads], slot)
+        watch = asyncio.create_task(self.watching())
         tasks = {asyncio.create_task(self.guarded(name, part), name=name) for name, part in parts.items()}
         try:
             while not self.over.is_set():
@@ -421,9 +440,9 @@ class Mayhem:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
+            for task in (watch, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(watch, *tasks, return_exceptions=True)
         await self._account(all_threads, broker, before)
 
     async def _account(self, threads: list[outlive.Thread], broker: int, before: dict[str, int]) -> None:
@@ -503,6 +522,83 @@ async def worker_chaos(
     return 0 if toll.clean else 1
 
 
+class Copied:
+    """The copying pump, several children that flood without a pause, and a killer who meets it at work."""
+
+    def __init__(self, host: outlive.Host, toll: Toll, seed: int | None) -> None:
+        self.host = host
+        self.toll = toll
+        self.random = random.Random(seed)
+
+    async def round(self, name: str, children: int) -> bool:
+        """Kill the workers of a new thread; tell whether output was seen to be missing."""
+        thread = await self.host.thread(name)
+        ids = []
+        for tag in range(children):
+            numbers = (tag, 1 << 32, max(BURSTS), 0, 0)
+            argv = [sys.executable, "-I", "-S", flood.__file__, *map(str, numbers)]
+            ids.append((await thread.exec_command(argv, tty=True, yield_time_ms=250)).process_id)
+        for _ in range(COPIED_KILLS):
+            os.kill(await self._worker_at_work(thread), signal.SIGKILL)
+            self.toll.kills += 1
+            if any([await self._missing(thread, process_id, tag) for tag, process_id in enumerate(ids)]):
+                return True
+        await thread.kill(*ids, signal="KILL")
+        return False
+
+    async def _worker_at_work(self, thread: outlive.Thread) -> int:
+        """Return the worker's pid a random moment after it has taken its processes."""
+        await thread.resume()
+        while True:
+            pids = {row.worker_pid for row in await thread.processes()}
+            await asyncio.sleep(self.random.uniform(0.0005, 0.02))
+            for pid in pids:
+                if pid is not None and not kernel.is_dead(pid, kernel.start_time(pid) or 0):
+                    return pid
+
+    async def _missing(self, thread: outlive.Thread, process_id: str, tag: int) -> bool:
+        written = (await thread.read_output(process_id, 1 << 60)).written
+        output = await thread.read_output(process_id, max(0, written - LOOK))
+        for offset, data in output.pieces:
+            self.toll.bytes_compared += len(data)
+            if flood.misplaced(tag, offset, data):
+                lost = flood.lost_until(tag, offset, data)
+                self.toll.count("lost", lost, f"child {tag} of {thread.thread_id}, before offset {offset}")
+                return True
+        return False
+
+
+async def copied_chaos(toll: Toll, *, children: int, seed: int | None) -> int:
+    """Look for a loss until there is one; return the exit status, 77 where the check would prove nothing."""
+    victims, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        print("void: a killer needs a core of its own, and there is only one", file=sys.stderr)
+        return VOID
+    os.sched_setaffinity(0, {victims})
+    try:
+        async with outlive.connect() as host:
+            os.sched_setaffinity(0, {others[0]})
+            try:
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+            except PermissionError:
+                print(
+                    "void: no right to real-time priority, without which kills meet a sleeping pump",
+                    file=sys.stderr,
+                )
+                await host.down(force=True)
+                return VOID
+            rounds = Copied(host, toll, seed)
+            seen = False
+            for number in range(COPIED_ROUNDS):
+                if seen := await rounds.round(f"t{number}", children):
+                    break
+            await host.down(force=True)
+            return 0 if seen else 1
+    except BaseException:
+        await home.emptied()
+        raise
+
+
 @click.group()
 def main() -> None:
     """Kill what can be killed while outlive works, and look for losses."""
@@ -521,10 +617,14 @@ def worker(
 ) -> None:
     """Kill workers."""
     toll = Toll()
-    with home.temporary_home() as folder:
-        status = home.run(
-            worker_chaos(folder, toll, kills=kills, seconds=seconds, children=children, threads=threads, seed=seed)
-        )
+    with home.temporary_home('pump = "copied"\n' if copied else "") as folder:
+        if copied:
+            status = home.run(copied_chaos(toll, children=children, seed=seed))
+        else:
+            run = worker_chaos(
+                folder, toll, kills=kills, seconds=seconds, children=children, threads=threads, seed=seed
+            )
+            status = home.run(run)
     report(toll, as_json)
     raise SystemExit(status)
 

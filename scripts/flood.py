@@ -9,6 +9,7 @@ END is an exit code, or -N to end by signal N.  A terminal is set raw first, so 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
@@ -42,6 +43,15 @@ def disordered(tag: int, data: bytes) -> int:
             count += WIDTH * (number <= latest)
             latest = max(latest, number)
     return count
+
+
+def lost_until(tag: int, offset: int, data: bytes) -> int:
+    """Return how many bytes are missing before the last whole line of `data`; negative: how many too many.
+
+    0 where no line is whole.
+    """
+    whole = [*re.finditer(rb"%04x:(\d{10})\n" % tag, data)]
+    return int(whole[-1][1]) * WIDTH - (offset + whole[-1].start()) if whole else 0
 
 
 def main() -> None:

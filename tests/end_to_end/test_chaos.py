@@ -1,0 +1,43 @@
+"""The chaos script itself: a short run is clean, and the same check sees what a lossy pump loses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import pytest
+
+
+async def chaos(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run `scripts/chaos worker` and return its exit status and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "outlive.scripts.chaos", "worker", "--json", *arguments, stdout=-1, stderr=-1
+    )
+    try:
+        printed, _ = await process.communicate()
+    except BaseException:
+        process.terminate()  # it cleans up
+        await process.wait()
+        raise
+    assert process.returncode is not None
+    return process.returncode, json.loads(printed)
+
+
+async def test_killed_workers_lose_nothing() -> None:
+    status, toll = await chaos("--kills", "25", "--children", "2")
+    assert toll["evidence"] == []
+    assert status == 0
+    assert toll["kills"] == 25
+    assert toll["bytes_compared"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_the_check_sees_what_the_copying_pump_loses() -> None:
+    status, toll = await chaos("--copied", "--children", "2")
+    if status == 77:
+        pytest.skip("no real-time killer here: a clean result would prove nothing")
+    assert status == 0
+    assert toll["lost"] != 0
