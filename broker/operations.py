@@ -389,12 +389,14 @@ class Operations:
 
     async def detach(self, call: messages.Detach, deadline: float | None) -> DetachedProcessSummary:
         thread = self._threads.threads.get(call.thread)
-        if thread is not None and not call.keep_worker:
-            while thread.life.phase is Phase.STARTING:
-                await thread.changed()
-        await self._threads.detach_thread_processes(call.thread)
         if thread is None:
             return DetachedProcessSummary.of([])
+        while True:
+            while thread.life.phase is Phase.STARTING and not call.keep_worker:
+                await thread.changed()
+            await self._threads.detach_thread_processes(call.thread)
+            if thread.life.phase is not Phase.STARTING or call.keep_worker:  # else it was killed meanwhile
+                break
         if not call.keep_worker:
             self._threads.dismiss(thread)
             await self._threads.gone(thread)

@@ -429,8 +429,9 @@ class ThreadManager:
             await thread.changed()
 
     async def gone(self, thread: Thread) -> None:
-        """Wait until the thread has no worker process."""
-        while thread.worker_pid is not None:
+        """Wait until the worker process that the thread has now is gone; a call may want the next one at once."""
+        epoch = thread.epoch
+        while thread.worker_pid is not None and thread.epoch == epoch:
             await thread.changed()
 
     # Handoff: the names of the design.

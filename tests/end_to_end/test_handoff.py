@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,14 @@ async def test_a_call_meets_a_detached_thread_and_wakes_it(home: Home, host: out
     assert echoed.output == "hello\n"
     assert {row.state for row in await thread.processes()} == {"attached"}
     assert sorted(row.process_id for row in await thread.processes()) == ids
+
+
+async def test_detach_answers_though_calls_want_the_worker_back_at_once(host: outlive.Host) -> None:
+    thread = await host.thread("wanted")
+    await thread.exec_command(["sleep", "1000"], yield_time_ms=250)
+    for _ in range(3):
+        detaching = asyncio.create_task(thread.detach())
+        while not detaching.done():
+            with suppress(outlive.Unavailable):  # sent to bed during the call
+                await thread.resume()
+        await detaching
