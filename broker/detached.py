@@ -29,12 +29,10 @@ class DetachedStore:
         pump: type[Pump],
         *,
         on_ended: Callable[[Held], None],
-        on_closed: Callable[[Held], None],
     ) -> None:
         self._pumps = pumps
         self._pump = pump
         self._on_ended = on_ended
-        self._on_closed = on_closed
         self._lease = Lease.mine(BROKER_EPOCH)
         self._processes: dict[Key, Held] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -59,7 +57,7 @@ class DetachedStore:
         Raises `HandoffError` while somebody else may be pumping, `PeerError` for a damaged transcript; the
         handles stay the caller's then.
         """
-        held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended, on_closed=self._on_closed)
+        held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended)
         older = self._processes.get(key)
         self._processes[key] = held
         try:
@@ -80,7 +78,7 @@ class DetachedStore:
 
     def _terminate(self, held: Held) -> None:
         # Its end must not be taken for that of the one which has its key now.
-        held.on_ended = held.on_closed = lambda _: None
+        held.on_ended = lambda _: None
         held.transcript.record_by("cleaned")
         task = asyncio.get_running_loop().create_task(self._see_off(held))
         self._ends.add(task)

@@ -33,9 +33,10 @@ from ..common.messages import Body, Register, Reply, Request
 from ..common.outcome import signal_name
 from ..common.paths import Paths, SocketPath
 from ..common.pump import PUMPS, Pumps
+from .entries import rfc3339
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
-from .threads import ThreadManager, rfc3339
+from .threads import ThreadManager
 
 # Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
 RESERVE = 64

@@ -35,9 +35,11 @@ from ..common.outcome import signal_name
 from ..common.paths import check_process
 from .archive import Record
 from .custody import Holder, State
+from .entries import Entry, Thread, rfc3339
 from .lifecycle import Phase
 from .peers import WorkerGone
-from .threads import Entry, Thread, ThreadManager, World, rfc3339
+from .processes import World
+from .threads import ThreadManager
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
 _ENDING = {1, 2, 3, 6, 9, 15}
@@ -269,21 +271,21 @@ class Operations:
                     if number % 50 == 49:
                         await asyncio.sleep(0)  # a file each: let others have their turn
             rows += [
-                self._threads.row(entry)
+                entry.row(thread.worker_pid)
                 for entry in list(thread.entries.values())
                 if entry.transcript and (call.ended or entry.state is not State.ENDED)
             ]
         return rows
 
     async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
-        return [self._threads.thread_row(thread) for _, thread in sorted(self._threads.threads.items())]
+        return [thread.row() for _, thread in sorted(self._threads.threads.items())]
 
     async def wait(self, call: messages.Wait, deadline: float | None) -> dict[str, Any]:
         while True:
             found = self._find(call.thread, call.process_id)
             if isinstance(found, Record):
                 outcome = found.row["outcome"]
-            elif found.state is State.ENDED and (known := self._threads.outcome(found)):
+            elif found.state is State.ENDED and (known := found.outcome):
                 outcome = known.to_wire()
             else:
                 await found.changed()
@@ -385,7 +387,7 @@ class Operations:
     # Acting on threads.
 
     async def create_thread(self, call: messages.CreateThread, deadline: float | None) -> ThreadRow:
-        return self._threads.thread_row(self._threads.create(call.thread))
+        return self._threads.create(call.thread).row()
 
     async def detach(self, call: messages.Detach, deadline: float | None) -> DetachedProcessSummary:
         thread = self._threads.threads.get(call.thread)
@@ -407,7 +409,7 @@ class Operations:
         thread = self._threads.get(call.thread)
         await self._threads.worker(thread)
         await self._threads.handed_over(thread)
-        return self._threads.thread_row(thread)
+        return thread.row()
 
     async def reattach(self, call: messages.Reattach, deadline: float | None) -> ReattachSummary:
         return await self._threads.reattach_thread_processes(self._threads.get(call.thread))
@@ -422,7 +424,7 @@ class Operations:
         else:
             threads, everything = list(self._threads.threads.values()), True
         await asyncio.gather(*(self._threads.shutdown_thread(thread, everything=everything) for thread in threads))
-        return [self._threads.thread_row(thread) for thread in threads]
+        return [thread.row() for thread in threads]
 
     async def down(self, call: messages.Down, deadline: float | None) -> dict[str, Any]:
         live = [f"{thread}/{process_id}" for thread, process_id in (e.key for e in self._threads.live_entries())]

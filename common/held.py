@@ -55,7 +55,6 @@ class Held:
         "exited",
         "handles",
         "last_used",
-        "on_closed",
         "on_ended",
         "on_output",
         "outcome",
@@ -72,7 +71,6 @@ class Held:
         *,
         on_ended: Callable[[Held], None],
         on_output: Callable[[Held], None] | None = None,
-        on_closed: Callable[[Held], None] | None = None,
     ) -> None:
         """Take over `handles`; raises `PeerError` when the transcript is none of ours (handles stay yours)."""
         self.transcript = Transcript(handles.transcript)
@@ -85,7 +83,6 @@ class Held:
         self.last_used = time.monotonic()
         self.on_ended = on_ended
         self.on_output = on_output
-        self.on_closed = on_closed
         self._pumps = pumps
         self._loop = asyncio.get_running_loop()
         self._waiters: list[asyncio.Future[None]] = []
@@ -165,10 +162,7 @@ class Held:
             self.terminal_open = False
             self._pumps.unwatch_terminal(self)
         if self.exited:
-            kept_open = self._ended_told  # else this is the end itself
             self._drained()
-            if kept_open and not self.terminal_open and self.on_closed:
-                self.on_closed(self)
 
     def terminal_dry(self) -> None:
         """Everything printed so far is here; after the end, what may still come gets a short grace."""

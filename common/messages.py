@@ -310,12 +310,6 @@ class Ended(Body, frozen=True, kw_only=True):
     announce: bool = True
 
 
-class Closed(Body, frozen=True, kw_only=True):
-    """An ended process whose terminal was kept open by others has been drained to its end."""
-
-    process_id: Text
-
-
 class Orphaned(Body, frozen=True, kw_only=True):
     """The spawner died while it was starting this process; what became of it is in the deposit."""
 
@@ -358,7 +352,7 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     Deltas,
     Bye,
 )
-FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Ended, Closed, Collected, Orphaned)
+FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Ended, Collected, Orphaned)
 
 
 def op_of(body: type[Body]) -> str:

@@ -36,7 +36,6 @@ from ..common.held import Held, exec_yield, write_yield
 from ..common.messages import (
     Begin,
     Body,
-    Closed,
     Collected,
     ExecCommand,
     Output,
@@ -412,7 +411,6 @@ class ProcessManager:
             self._pump,
             on_ended=self._ended,
             on_output=self._output,
-            on_closed=lambda held: self._send(Closed(process_id=held.process_id)),
         )
 
     def _adopt(self, held: Held, seq: int, offset: int | None, call_id: str | None = None) -> None:

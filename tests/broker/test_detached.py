@@ -24,7 +24,7 @@ class Store(DetachedStore):
 
     def __init__(self, pumps: Pumps) -> None:
         self.ended: list[Held] = []
-        super().__init__(pumps, Pump, on_ended=self.ended.append, on_closed=lambda held: None)
+        super().__init__(pumps, Pump, on_ended=self.ended.append)
 
 
 @pytest.fixture

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from outlive.broker import lifecycle
 from outlive.broker.custody import Holder, State
+from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
 from outlive.broker.peers import Peer
-from outlive.broker.threads import Entry, Thread, ThreadManager
+from outlive.broker.threads import ThreadManager
 from outlive.common import channel, kernel, wire
 from outlive.common.channel import open_parcel
 from outlive.common.config import Config
@@ -244,7 +246,7 @@ async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps
     stage.die(spawner_too=True)
     entry = stage.entry("1000")
     assert entry.state is State.ENDED
-    outcome = stage.manager.outcome(entry)
+    outcome = entry.outcome
     assert outcome is not None
     assert (outcome.kind, outcome.code, outcome.signal) == ("lost", None, None)
 
@@ -256,7 +258,7 @@ async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None
     stage.deposit(early, "1000")
     early.close()
     stage.die(spawner_too=True)
-    outcome = stage.manager.outcome(stage.entry("1000"))
+    outcome = stage.entry("1000").outcome
     assert outcome is not None
     assert outcome.kind == "lost"
     assert stage.entry("1000").handles.pidfd == -1
@@ -451,7 +453,7 @@ async def test_a_detached_end_is_recorded_at_once_and_announced_after_the_reatta
     await held.type(b"\n", float("inf"))
     await stage.ended("1000")
     assert stage.events("end") == []
-    row = stage.manager.row(stage.entry("1000"))
+    row = stage.entry("1000").row(None)
     assert (row.state, row.outcome) == ("ended", {"kind": "exited", "code": 5})
     await stage.wake()
     await stage.asked("import")
@@ -534,15 +536,13 @@ async def test_a_worker_that_does_not_come_up_fails_the_call_and_the_next_call_t
         stage.manager.worker_died("t", epoch, "exit status 1")
         if epoch < 5:
             assert stage.thread.life.phase is Phase.PAUSING
-            stage.manager._live(
-                stage.thread, __import__("outlive.broker.lifecycle", fromlist=["Event"]).Event.PAUSE_OVER
-            )
+            stage.manager._live(stage.thread, lifecycle.Event.PAUSE_OVER)
     with pytest.raises(Unavailable, match=r"does not come up .exit status 1.*safe"):
         await calling
-    assert stage.manager.thread_row(stage.thread).state == "failed"
+    assert stage.thread.row().state == "failed"
     await stage.wake()
     assert stage.world.workers[-1] == ("t", 6)
-    assert stage.manager.thread_row(stage.thread).state == "awake"
+    assert stage.thread.row().state == "awake"
 
 
 async def test_the_death_of_a_former_epoch_is_no_news(stage: Stage) -> None:

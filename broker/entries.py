@@ -1,0 +1,177 @@
+"""What the broker knows of one process, and of one thread: records, and how they are shown.
+
+No decisions and no I/O beyond looking into a transcript's header; who waits for a change of a record waits here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from ..common.descriptors import Handles
+from ..common.messages import ProcessRow, ThreadRow
+from ..common.outcome import Outcome
+from ..common.transcript import Transcript
+from .archive import ThreadArchive
+from .custody import Custody, State
+from .lifecycle import Life, Phase
+from .peers import Peer
+
+
+class Changing:
+    """A record that others wait for."""
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def changed(self) -> None:
+        """Wait for the next change."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            with suppress(ValueError):
+                self._waiters.remove(waiter)
+
+    def tell(self) -> None:
+        """Let everybody who waits look again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+
+class Entry(Changing):
+    """What the broker knows and holds of one process."""
+
+    __slots__ = (
+        "announced",
+        "custody",
+        "ending",
+        "epoch",
+        "handles",
+        "key",
+        "pid",
+        "relayed",
+        "stream",
+        "talks",
+        "told",
+        "transcript",
+        "typists",
+    )
+
+    def __init__(self, key: tuple[str, str], epoch: int) -> None:
+        super().__init__()
+        self.key = key
+        self.epoch = epoch
+        self.custody = Custody()
+        self.handles = Handles()
+        self.transcript: Transcript | None = None
+        self.pid = 0
+        # Whether the one end event went out.
+        self.announced = False
+        # Where the stream of deltas goes on: (next number, offset).
+        self.stream: tuple[int, int] | None = None
+        # Up to which offset the agent has been answered, by us.
+        self.relayed = 0
+        # Whether an answer told of its end.
+        self.told = False
+        # Calls that we answer from our own copies at this moment.
+        self.talks = 0
+        # Calls that type into it at this moment.
+        self.typists = 0
+        self.ending: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """Where it stands."""
+        return self.custody.state
+
+    @property
+    def call_id(self) -> str:
+        """The call that started it."""
+        return self.transcript.facts.call_id if self.transcript else ""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended, once that is known."""
+        return self.transcript.live().outcome if self.transcript else None
+
+    def row(self, worker_pid: int | None) -> ProcessRow:
+        """Return its line of `ps`; `worker_pid`: its thread's."""
+        transcript = self.transcript
+        assert transcript is not None
+        facts, live = transcript.facts, transcript.live()
+        ended = self.state in (State.ENDED, State.GONE)
+        return ProcessRow(
+            thread=facts.thread_id,
+            process_id=facts.process_id,
+            call_id=facts.call_id,
+            pid=live.pid or None,
+            state="ended" if ended else self.state.value,  # type: ignore[arg-type]
+            worker_pid=worker_pid if self.state is State.ATTACHED else None,
+            command=[os.fsdecode(word) for word in facts.argv],
+            cwd=os.fsdecode(facts.cwd),
+            tty=facts.tty,
+            started_at=rfc3339(facts.started_at_ns),
+            bytes_written=transcript.written,
+            bytes_delivered=live.delivered,
+            outcome=live.outcome.to_wire() if live.outcome and ended else None,
+        )
+
+
+class Thread(Changing):
+    """One agent thread: its processes, its archive, its worker."""
+
+    def __init__(self, thread_id: str, archive: ThreadArchive) -> None:
+        super().__init__()
+        self.thread_id = thread_id
+        self.archive = archive
+        self.entries: dict[str, Entry] = {}
+        self.life = Life()
+        self.epoch = 0
+        self.worker_pid: int | None = None
+        self.worker: Peer | None = None
+        # The epoch whose channel is closed, for good if its worker is dead.
+        self.hung_up = 0
+        # Workers that are dead while their spawners still hold their channels: a start may come out of these.
+        self.former: set[Peer] = set()
+        self.failure = ""
+        # One handoff at a time; and the one that a new worker begins with.
+        self.handoff = asyncio.Lock()
+        self.taking_back: asyncio.Task[None] | None = None
+        # Whether its worker survived a former broker and has not reported yet: its processes are not known before.
+        self.expected = False
+
+    def entry_of_call(self, call_id: str) -> Entry | None:
+        """Return the process that this call started, if it is still held."""
+        for entry in self.entries.values():
+            if call_id and entry.call_id == call_id:
+                return entry
+        return None
+
+    def row(self) -> ThreadRow:
+        """Return its line of `threads`."""
+        states = [entry.state for entry in self.entries.values()]
+        phase = self.life.phase
+        asleep = phase is Phase.ASLEEP
+        return ThreadRow(
+            thread=self.thread_id,
+            state="failed" if phase is Phase.FAILED else "asleep" if asleep else "awake",
+            worker_pid=self.worker_pid,
+            epoch=self.epoch,
+            attached=states.count(State.ATTACHED) + states.count(State.STARTING),
+            detached=states.count(State.DETACHED),
+            ended=states.count(State.ENDED) + len(self.archive),
+        )
+
+
+def rfc3339(nanoseconds: int) -> str:
+    """Return a time as RFC 3339 UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(nanoseconds / 1e9, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

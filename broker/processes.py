@@ -1,0 +1,411 @@
+"""Every process that the broker knows: deposits and words of workers in, what custody decides done.
+
+Always true
+    An event is decided and carried out without an `await` in between.
+    What is known of a process is in its entry; an entry leaves the table only as GONE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Any, Protocol
+
+import msgspec
+
+from ..common import ending, kernel, tree
+from ..common.config import Config
+from ..common.descriptors import Handles
+from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
+from ..common.held import Held
+from ..common.launch import MARK
+from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Orphaned
+from ..common.paths import Paths, check_thread
+from ..common.pump import Pump, Pumps
+from ..common.transcript import Transcript
+from . import custody
+from .archive import Record, ThreadArchive
+from .custody import Effect, Event, Holder, State
+from .detached import DetachedStore
+from .entries import Entry, Thread
+from .lifecycle import Phase
+from .peers import Peer
+
+# Records that may wait to be written; each may hold a whole transcript.
+WRITES_MAX = 64
+# Threads at most: each has files, and a worker when awake.
+THREADS_MAX = 10_000
+
+
+class World(Protocol):
+    """What the loop does for us."""
+
+    deltas_wanted: bool
+
+    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
+        """Start a worker; return its pid and a pidfd, which stays the loop's.  Raises `OSError`."""
+
+    def kill_worker(self, pid: int) -> None:
+        """Kill a worker."""
+
+    def transmit(self, peer: Peer, frame: bytes) -> None:
+        """Send a frame; raises `zmq.ZMQError`."""
+
+    def publish(self, event: str, thread_id: str, process_id: str | None = None, **fields: Any) -> None:
+        """Tell the subscribers."""
+
+    def descriptors_left(self) -> int:
+        """How many descriptors may still be opened before the reserve."""
+
+    def log(self, text: str) -> None:
+        """Write to the log."""
+
+
+class Processes(ABC):
+    """All processes of this broker, by thread."""
+
+    def __init__(self, world: World, paths: Paths, config: Config, pumps: Pumps, pump: type[Pump]) -> None:
+        self._world = world
+        self._paths = paths
+        self._config = config
+        self.store = DetachedStore(pumps, pump, on_ended=self._held_ended)
+        self.threads: dict[str, Thread] = {}
+        # How many descriptors of processes are held.
+        self.descriptors = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        # One thread, so that files are written in order; a new file takes longer than the command it is about.
+        self._writer = ThreadPoolExecutor(1, "archive")
+        self._writes: set[Future[None]] = set()
+        for folder in sorted(paths.threads.iterdir()):
+            if folder.is_dir():
+                try:
+                    self.create(folder.name)
+                except OutliveError as error:  # one folder must not keep everybody's broker down
+                    world.log(f"{folder} is left alone: {error}")
+
+    @abstractmethod
+    def take_back(self, thread: Thread) -> None:
+        """Give what the broker holds of a thread to its worker, which is up: soon, and one handoff at a time."""
+
+    def create(self, thread_id: str) -> Thread:
+        """Return a thread, made known if it is new."""
+        if thread := self.threads.get(thread_id):
+            return thread
+        check_thread(thread_id)
+        if len(self.threads) >= THREADS_MAX:
+            raise LimitReached(
+                f"{THREADS_MAX} threads exist; use one of them, or remove some from the state folder"
+            )
+        try:
+            archive = ThreadArchive(
+                self._paths.threads / thread_id,
+                self._config.ended_keep_hours,
+                self._config.ended_keep_count,
+                self._write_later,
+            )
+        except OSError as error:
+            raise Unavailable(f"state folder: {error}; make room or rights, then try again") from None
+        thread = self.threads[thread_id] = Thread(thread_id, archive)
+        return thread
+
+    def get(self, thread_id: str) -> Thread:
+        """Return a known thread; raises `UnknownThread`."""
+        check_thread(thread_id)
+        thread = self.threads.get(thread_id)
+        if thread is None:
+            raise UnknownThread(f"thread {thread_id} is not known; `outlive exec -t {thread_id} …` creates it")
+        return thread
+
+    def _write_later(self, write: Callable[[], None]) -> None:
+        if len(self._writes) >= WRITES_MAX:
+            wait(self._writes, return_when=FIRST_COMPLETED)
+        job = self._writer.submit(self._write, write)
+        self._writes.add(job)
+        job.add_done_callback(self._writes.discard)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._world.log(f"archive: {error}")
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every held process."""
+        for thread in self.threads.values():
+            yield from list(thread.entries.values())
+
+    def live_entries(self) -> list[Entry]:
+        """Return every process that has not ended."""
+        return [
+            entry
+            for thread in self.threads.values()
+            for entry in thread.entries.values()
+            if entry.state is not State.ENDED
+        ]
+
+    def find(self, thread_id: str, process_id: str) -> Entry | Record:
+        """Return a process, held or archived; raises `UnknownThread`, `UnknownProcess`, `ExpiredProcess`."""
+        thread = self.get(thread_id)
+        entry = thread.entries.get(process_id)
+        if entry is None and thread.expected and process_id not in thread.archive:
+            raise Unavailable(
+                f"thread {thread_id}: its worker (pid {thread.worker_pid}) survived the former broker and has not "
+                "reported yet, so its processes are not known; try again"
+            )
+        return entry if entry is not None else thread.archive.get(process_id)
+
+    def entry_by_pid(self, pid: int) -> Entry | None:
+        """Return the process that runs as `pid`: for an adopted orphan that has ended."""
+        return next((entry for entry in self.entries() if entry.pid == pid), None)
+
+    # What workers tell.
+
+    def noticed(self, peer: Peer, notice: Body) -> None:
+        """A worker has told something about one of its processes."""
+        thread = self.threads[peer.thread_id]
+        process_id: str = notice.process_id  # type: ignore[attr-defined]
+        entry = thread.entries.get(process_id)
+        if entry is None or entry.epoch != peer.epoch:
+            return
+        if isinstance(notice, Begin):
+            argv = [os.fsdecode(word) for word in notice.argv]
+            self._world.publish(
+                "begin", thread.thread_id, process_id, call_id=notice.call_id, pid=notice.pid, command=argv
+            )
+        elif isinstance(notice, Delta):
+            entry.stream = notice.seq + 1, notice.offset + len(notice.chunk)
+            self._world.publish(
+                "delta",
+                thread.thread_id,
+                process_id,
+                call_id=notice.call_id,
+                n=notice.seq,
+                offset=notice.offset,
+                chunk=notice.chunk,
+            )
+        elif isinstance(notice, Ended):
+            self.move(entry, Event.ENDED, notice)
+            self._expire_ended(thread)
+        elif isinstance(notice, Collected):
+            self.move(entry, Event.COLLECTED)
+        elif isinstance(notice, Orphaned):
+            self.orphaned(thread.thread_id, process_id)
+
+    def _announce(self, entry: Entry, notice: Ended) -> None:
+        outcome = entry.outcome
+        self._world.publish(
+            "end",
+            *entry.key,
+            call_id=notice.call_id,
+            outcome=outcome.to_wire() if outcome else None,
+            output=notice.output,
+        )
+
+    # Deposits.
+
+    def deposited(self, peer: Peer, parcel: dict[tuple[str, str], Handles]) -> None:
+        """A worker or its spawner has deposited descriptors; raises `PeerError`, closing what it refuses."""
+        refused = []
+        for (thread_id, process_id), handles in parcel.items():
+            if thread_id != peer.thread_id:
+                handles.close()
+                refused.append(f"{thread_id}/{process_id} belongs to another thread")
+                continue
+            try:
+                self._deposit(peer, (thread_id, process_id), handles)
+            except PeerError as error:
+                handles.close()
+                refused.append(f"{thread_id}/{process_id}: {error}")
+        if refused:
+            raise PeerError("; ".join(refused))
+
+    def _deposit(self, peer: Peer, key: tuple[str, str], handles: Handles) -> None:
+        thread = self.threads[key[0]]
+        entry = thread.entries.get(key[1])
+        if entry is None:
+            if handles.transcript < 0:
+                raise PeerError("deposited without its transcript")
+            transcript = Transcript(handles.transcript)
+            facts = transcript.facts
+            if (facts.thread_id, facts.process_id) != key or facts.boot_id != kernel.boot_id():
+                raise PeerError(f"its transcript is of {facts.thread_id}/{facts.process_id}")
+            if self._world.descriptors_left() <= 0:
+                raise PeerError("no descriptors left to hold it")
+            entry = Entry(key, peer.epoch)
+            entry.transcript = transcript
+            thread.entries[key[1]] = entry
+            thread.archive.use(key[1])
+        self._adopt(entry, handles)
+        if entry.transcript:
+            entry.pid = entry.transcript.live().pid
+        if entry.state is State.STARTING and entry.handles.pidfd >= 0:
+            alive = thread.epoch == peer.epoch and thread.worker_pid is not None
+            self._started(entry, Event.STARTED if alive else Event.STARTED_ALONE)
+
+    def _adopt(self, entry: Entry, handles: Handles) -> None:
+        before = len(entry.handles)
+        entry.handles.adopt(handles)
+        self.descriptors += len(entry.handles) - before
+
+    def _started(self, entry: Entry, event: Event) -> None:
+        """It runs; if that came too late for its own worker, the next one may be waiting for it."""
+        self.move(entry, event)
+        thread = self.threads[entry.key[0]]
+        if event is Event.STARTED_ALONE and thread.life.phase is Phase.AWAKE:
+            self.take_back(thread)
+
+    def never_ran(self, thread_id: str, process_id: str) -> None:
+        """The spawner says that the program was not executed."""
+        thread = self.threads.get(thread_id)
+        entry = thread.entries.get(process_id) if thread else None
+        if entry and entry.state is State.STARTING:
+            self.move(entry, Event.NEVER_RAN)
+
+    def orphaned(self, thread_id: str, process_id: str) -> None:
+        """The spawner died while it was starting this process."""
+        entry = self.threads[thread_id].entries.get(process_id)
+        if entry and entry.state is State.STARTING:
+            self._resolve_start(entry)
+
+    def _resolve_start(self, entry: Entry) -> None:
+        """Nobody will finish this start: find out by the mark in the header what became of it."""
+        transcript = entry.transcript
+        live = transcript.live() if transcript else None
+        if transcript is None or live is None or not live.started:
+            self.move(entry, Event.NEVER_RAN)
+            return
+        pidfd = _find(live.pid, transcript.facts.mark)
+        if pidfd is None:
+            self.move(entry, Event.VANISHED)
+        else:
+            self._adopt(entry, Handles({"pidfd": pidfd}))
+            entry.pid = live.pid
+            self._started(entry, Event.STARTED_ALONE)
+
+    # Moves.
+
+    def move(self, entry: Entry, event: Event, notice: Ended | None = None) -> None:
+        """Decide and do; a word that comes too late is logged and dropped."""
+        try:
+            former = entry.custody.holder
+            entry.custody, effects = custody.step(entry.custody, event)
+        except KeyError:
+            self._world.log(f"process {entry.key}: {event} in {entry.custody} ignored")
+            return
+        for effect in effects:
+            self._do(entry, effect, former, notice)
+        if entry.state is State.GONE:
+            thread = self.threads[entry.key[0]]
+            if thread.entries.get(entry.key[1]) is entry:
+                del thread.entries[entry.key[1]]
+        entry.tell()
+
+    def _do(self, entry: Entry, effect: Effect, former: Holder, notice: Ended | None) -> None:
+        thread_id, process_id = entry.key
+        thread = self.threads[thread_id]
+        if effect is Effect.START_PUMP:
+            self._start_pump(entry)
+        elif effect is Effect.STOP_PUMP:
+            if (handles := self.store.remove(entry.key)) is not None:
+                entry.handles = handles
+        elif effect is Effect.RECORD_LOST and entry.transcript:
+            ending.lost(entry.handles.pidfd, entry.transcript)
+        elif effect is Effect.ANNOUNCE and notice and not entry.announced:
+            entry.announced = True
+            if notice.announce:
+                self._announce(entry, notice)
+        elif effect is Effect.END_TREE:
+            self._end_tree(entry)
+        elif effect is Effect.FORGET_AT_WORKER:
+            if former is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
+                self.spawn(self._tell(thread.worker, Forget(process_ids=[process_id])))
+        elif effect is Effect.ARCHIVE and entry.transcript:
+            thread.archive.keep(msgspec.to_builtins(entry.row(thread.worker_pid)), entry.transcript)
+        elif effect is Effect.CLOSE_HANDLES:
+            self.descriptors -= len(entry.handles)
+            entry.handles.close()
+
+    def _start_pump(self, entry: Entry) -> None:
+        try:
+            # The store owns them while it pumps; we look at them through its `Held`.
+            self.store.insert(entry.key, entry.handles)
+        except (HandoffError, PeerError, OSError) as error:
+            self._world.log(f"process {entry.key}: not pumped: {error}")
+
+    def _end_tree(self, entry: Entry) -> None:
+        assert entry.transcript is not None
+        start = tree.root(entry.transcript.facts.mark, entry.handles.pidfd)
+
+        async def end() -> None:
+            await asyncio.to_thread(tree.end, start)
+
+        entry.ending = self.spawn(end())
+
+    def _held_ended(self, held: Held) -> None:
+        entry = self.threads[held.key[0]].entries.get(held.process_id)
+        if entry is None:
+            return
+        if entry.state is State.DETACHED:
+            self.move(entry, Event.ENDED)
+            self._expire_ended(self.threads[held.key[0]])
+        else:
+            entry.tell()
+
+    def settle(self, entry: Entry) -> None:
+        """Let a process go that we hold, if its end and all its output were in answers."""
+        if entry.state is not State.ENDED or entry.custody.holder is not Holder.BROKER or entry.transcript is None:
+            return
+        if entry.told and not entry.talks and entry.transcript.live().delivered >= entry.transcript.written:
+            self.move(entry, Event.COLLECTED)
+
+    def _expire_ended(self, thread: Thread) -> None:
+        """Too many ended processes, or too old ones, that nobody collects must not hold descriptors for ever."""
+        ended = [entry for entry in thread.entries.values() if entry.state is State.ENDED]
+        oldest = time.time_ns() - int(self._config.ended_keep_hours * 3600e9)
+        excess = len(ended) - self._config.ended_keep_count
+        for number, entry in enumerate(ended):
+            too_old = entry.transcript is not None and entry.transcript.live().ended_at_ns < oldest
+            if number < excess or too_old:
+                self.move(entry, Event.EXPIRED)
+
+    # Beside everything else.
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run `work` beside everything else."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _tell(self, peer: Peer, order: Body) -> None:
+        with suppress(OutliveError):
+            await peer.call(order, self._world.transmit)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for task in self._tasks:
+            task.cancel()
+        for entry in list(self.entries()):
+            if (handles := self.store.remove(entry.key)) is not None:
+                entry.handles = handles
+            entry.handles.close()
+        self.store.close()
+        self._writer.shutdown()
+
+
+def _find(pid: int, mark: str) -> int | None:
+    """Return a pidfd of the process `pid` if it carries the mark, so that a recycled pid is not taken for it."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (ProcessLookupError, OSError):
+        return None
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        if MARK + b"=" + mark.encode() in file.read().split(b"\0"):
+            return pidfd
+    os.close(pidfd)
+    return None

@@ -1,0 +1,194 @@
+"""Every thread's worker: does what its life decides, and lets others wait for it.
+
+Always true
+    A worker counts as dead only by the kernel's word, and only then do its processes come to the broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from ..common.config import Config
+from ..common.errors import Unavailable
+from ..common.messages import Bye, Deltas, Welcome
+from ..common.paths import Paths
+from ..common.pump import Pump, Pumps
+from . import lifecycle
+from .custody import Event, Holder, State
+from .entries import Thread
+from .lifecycle import Effect, Life, Phase
+from .peers import Peer
+from .processes import Processes, World
+
+# Seconds after its start that a broker waits for the workers that survived the former one.  They try again at least
+# every five (`Link`).
+SURVIVORS_DEADLINE = 10.0
+
+
+class Workers(Processes):
+    """All workers of this broker, on top of their processes."""
+
+    def __init__(self, world: World, paths: Paths, config: Config, pumps: Pumps, pump: type[Pump]) -> None:
+        super().__init__(world, paths, config, pumps, pump)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._survivors_until = asyncio.get_running_loop().time() + SURVIVORS_DEADLINE
+
+    # Who waits.
+
+    async def worker(self, thread: Thread) -> Peer:
+        """Return the thread's worker, started if need be; raises `Unavailable` when none comes up."""
+        self._live(thread, lifecycle.Event.WANTED)
+        while True:
+            if thread.life.phase is Phase.AWAKE and thread.worker:
+                return thread.worker
+            if thread.life.phase is Phase.FAILED:
+                raise Unavailable(
+                    f"thread {thread.thread_id}: its worker does not come up ({thread.failure}); its processes "
+                    f"are safe; see {self._paths.log}, then try again"
+                )
+            if thread.life.phase is Phase.ASLEEP:
+                raise Unavailable(f"thread {thread.thread_id}: its worker was sent to bed during the call")
+            await thread.changed()
+
+    async def handed_over(self, thread: Thread) -> None:
+        """Wait for a handoff that is under way."""
+        if thread.taking_back:
+            await asyncio.wait({thread.taking_back})
+        async with thread.handoff:
+            pass
+
+    async def started(self, thread: Thread, call_id: str) -> None:
+        """Wait while a spawner whose worker is dead may still be about to start something for this call."""
+        while any(call_id in peer.starts for peer in thread.former):
+            await thread.changed()
+
+    async def gone(self, thread: Thread) -> None:
+        """Wait until the worker process that the thread has now is gone; a call may want the next one at once."""
+        epoch = thread.epoch
+        while thread.worker_pid is not None and thread.epoch == epoch:
+            await thread.changed()
+
+    async def survivors_reported(self, thread_id: str | None) -> None:
+        """Wait until a thread's worker (`None`: every thread's) that survived a former broker has reported.
+
+        Before, its living processes would be called expired.  A stopped one is not waited for any longer than
+        `SURVIVORS_DEADLINE`.
+        """
+        for thread in list(self.threads.values()):
+            if thread.expected and thread_id in (None, thread.thread_id):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._survivors_until):
+                        while thread.expected:
+                            await thread.changed()
+
+    # What happens.
+
+    def expect(self, thread_id: str, epoch: int, pid: int) -> None:
+        """Take note of a worker that survived a former broker, and will report."""
+        thread = self.create(thread_id)
+        thread.epoch, thread.worker_pid = epoch, pid
+        thread.life = Life(Phase.STARTING)
+        thread.expected = True
+
+    def registered(self, peer: Peer) -> Welcome:
+        """A worker has said that it is up; return what it is told."""
+        thread = self.threads[peer.thread_id]
+        if thread.worker and thread.worker is not peer:
+            thread.worker.hang_up()
+        thread.worker = peer
+        thread.expected = False
+        thread.hung_up = 0
+        self._live(thread, lifecycle.Event.REGISTERED)
+        return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
+
+    def worker_died(self, thread_id: str, epoch: int, how: str) -> None:
+        """The kernel says that a thread's worker is dead."""
+        thread = self.threads[thread_id]
+        if thread.epoch != epoch:
+            return
+        peer, thread.worker, thread.worker_pid = thread.worker, None, None
+        if peer:
+            peer.hang_up()
+        thread.expected = False
+        if peer and peer.channel.fileno() >= 0:
+            thread.former.add(peer)
+        thread.failure = how
+        self._world.publish("worker", thread_id, what="died", epoch=epoch, how=how)
+        for entry in list(thread.entries.values()):
+            if entry.epoch == epoch and entry.custody.holder is not Holder.BROKER:
+                self.move(entry, Event.WORKER_LOST)
+                self.settle(entry)  # it may have died before it could say that this one was collected
+        if thread.hung_up == epoch:  # its channel closed first, and the spawner had it too
+            self._resolve_starts(thread, epoch)
+        self._live(thread, lifecycle.Event.DIED)
+
+    def channel_closed(self, peer: Peer) -> None:
+        """No more deposits come through it.  A worker that lives will come back with another channel."""
+        thread = self.threads.get(peer.thread_id)
+        if thread is None:
+            return
+        if thread.worker is peer:
+            thread.worker = None
+        thread.former.discard(peer)
+        thread.tell()
+        if thread.epoch == peer.epoch and thread.worker_pid is not None:
+            thread.hung_up = peer.epoch
+        else:
+            self._resolve_starts(thread, peer.epoch)
+
+    def _resolve_starts(self, thread: Thread, epoch: int) -> None:
+        """Worker and spawner of this epoch are both gone: what has not started never will."""
+        for entry in list(thread.entries.values()):
+            if entry.epoch == epoch and entry.state is State.STARTING:
+                self._resolve_start(entry)
+
+    def dismiss(self, thread: Thread) -> None:
+        """Send the thread's worker to bed."""
+        self._live(thread, lifecycle.Event.DISMISSED)
+
+    def want_deltas(self, wanted: bool) -> None:
+        """Tell every worker whether anybody listens to deltas."""
+        for thread in self.threads.values():
+            if thread.worker:
+                self.spawn(self._tell(thread.worker, Deltas(wanted=wanted)))
+
+    # What is done.
+
+    def _live(self, thread: Thread, event: lifecycle.Event) -> None:
+        try:
+            thread.life, effects = lifecycle.step(thread.life, event)
+        except KeyError:
+            self._world.log(f"thread {thread.thread_id}: {event} in {thread.life} ignored")
+            return
+        for effect in effects:
+            self._do_life(thread, effect)
+        thread.tell()
+
+    def _do_life(self, thread: Thread, effect: lifecycle.Effect) -> None:
+        loop = asyncio.get_running_loop()
+        if effect is Effect.START_WORKER:
+            thread.epoch += 1
+            try:
+                thread.worker_pid, _ = self._world.start_worker(thread.thread_id, thread.epoch)
+            except OSError as error:
+                thread.failure = str(error)
+                epoch = thread.epoch
+                loop.call_soon(self.worker_died, thread.thread_id, epoch, f"could not be started: {error}")
+        elif effect is Effect.PAUSE:
+            self._timers[thread.thread_id] = loop.call_later(
+                thread.life.pause, self._live, thread, lifecycle.Event.PAUSE_OVER
+            )
+        elif effect is Effect.WELCOME:
+            self._world.publish("worker", thread.thread_id, what="up", epoch=thread.epoch, pid=thread.worker_pid)
+            self.take_back(thread)
+        elif effect is Effect.SAY_BYE and thread.worker:
+            self.spawn(self._tell(thread.worker, Bye()))
+        if thread.life.phase is not Phase.PAUSING and (timer := self._timers.pop(thread.thread_id, None)):
+            timer.cancel()
+
+    def close(self) -> None:
+        """Stop waiting, and close every descriptor."""
+        for timer in self._timers.values():
+            timer.cancel()
+        super().close()
