@@ -73,7 +73,7 @@ class Broker:
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until told to stop; `on_ready`: called once requests are taken."""
         kernel.become_subreaper()
-        self._loop.add_signal_handler(signal.SIGCHLD, self._children_ended)
+        self._loop.add_signal_handler(signal.SIGCHLD, self.notice_deaths)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_end)
         self._expect_survivors()
@@ -159,13 +159,13 @@ class Broker:
         """Write a line to the log."""
         print(datetime.now(UTC).isoformat(timespec="milliseconds"), text, file=sys.stderr, flush=True)
 
-    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
+    def start_worker(self, thread_id: str, epoch: int) -> int:
         """Start a worker, and watch for its end."""
         arguments = [thread_id, str(epoch), self._mode]
         pid = launch.launch("outlive.worker", arguments, log=self._log_fd)
         pidfd = os.pidfd_open(pid)
         self._watch_worker(pidfd, thread_id, epoch, pid, ours=True)
-        return pid, pidfd
+        return pid
 
     def kill_worker(self, pid: int) -> None:
         """Kill one of our workers, by its pidfd."""
@@ -225,8 +225,8 @@ class Broker:
             self.threads.expect(path.name, epoch, pid)
             self._watch_worker(pidfd, path.name, epoch, pid, ours=False)
 
-    def _children_ended(self) -> None:
-        """SIGCHLD: reap orphans that came to us; how ours ended is recorded before."""
+    def notice_deaths(self) -> None:
+        """SIGCHLD: bury our workers, and reap orphans that came to us; how ours ended is recorded before."""
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

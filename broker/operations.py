@@ -163,6 +163,10 @@ class Operations:
                 if call.process_id in thread.archive:  # collected by another call a moment ago
                     continue
                 raise
+            except Unavailable as error:
+                if types:  # it may still type, or have typed: a second try could be a second time
+                    raise Interrupted(f"{error}; how much of the input was typed is not known") from None
+                raise
             finally:
                 found.typists -= types
             self._relayed(thread, result)

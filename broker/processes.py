@@ -47,11 +47,14 @@ class World(Protocol):
 
     deltas_wanted: bool
 
-    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
-        """Start a worker; return its pid and a pidfd, which stays the loop's.  Raises `OSError`."""
+    def start_worker(self, thread_id: str, epoch: int) -> int:
+        """Start a worker and return its pid; raises `OSError`."""
 
     def kill_worker(self, pid: int) -> None:
         """Kill a worker."""
+
+    def notice_deaths(self) -> None:
+        """Tell `worker_died` now of the workers that are dead by now."""
 
     def transmit(self, peer: Peer, frame: bytes) -> None:
         """Send a frame; raises `zmq.ZMQError`."""

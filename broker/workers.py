@@ -38,6 +38,7 @@ class Workers(Processes):
 
     async def worker(self, thread: Thread) -> Peer:
         """Return the thread's worker, started if need be; raises `Unavailable` when none comes up."""
+        self._world.notice_deaths()  # whoever killed it, and then asks for the next, must not be shown the last
         self._live(thread, lifecycle.Event.WANTED)
         while True:
             if thread.life.phase is Phase.AWAKE and thread.worker:
@@ -170,7 +171,7 @@ class Workers(Processes):
         if effect is Effect.START_WORKER:
             thread.epoch += 1
             try:
-                thread.worker_pid, _ = self._world.start_worker(thread.thread_id, thread.epoch)
+                thread.worker_pid = self._world.start_worker(thread.thread_id, thread.epoch)
             except OSError as error:
                 thread.failure = str(error)
                 epoch = thread.epoch

@@ -292,7 +292,10 @@ class Host:
                     ) from None
                 continue
             except TimeoutError:
-                raise Unavailable(f"no answer within {seconds:.0f} s; see {self.paths.log}") from None
+                silence = f"no answer within {seconds:.0f} s; see {self.paths.log}"
+                if not repeat:
+                    raise Interrupted(f"{silence}; whether it was done is not known") from None
+                raise Unavailable(silence) from None
             except zmq.ZMQError as error:
                 raise Unavailable(f"the request could not be sent: {error}") from None
             return wire.result_of(reply, wanted)

@@ -80,7 +80,7 @@ class Unavailable(OutliveError):
 
 
 class Interrupted(OutliveError):
-    """A worker died during the call, and what the call had done by then is not known."""
+    """A worker or broker died or fell silent during the call, and what the call had done by then is not known."""
 
     kind = "interrupted"
 

@@ -46,9 +46,9 @@ class World:
         self.logged: list[str] = []
         self.left = 1000
 
-    def start_worker(self, thread_id: str, epoch: int) -> tuple[int, int]:
+    def start_worker(self, thread_id: str, epoch: int) -> int:
         self.workers.append((thread_id, epoch))
-        return 1_000_000_000 + epoch, -1
+        return 1_000_000_000 + epoch
 
     def transmit(self, peer: Peer, frame: bytes) -> None:
         message = wire.decode(frame)
@@ -60,6 +60,9 @@ class World:
 
     def descriptors_left(self) -> int:
         return self.left
+
+    def notice_deaths(self) -> None:
+        """They are told by the test."""
 
     def log(self, text: str) -> None:
         self.logged.append(text)

@@ -158,10 +158,9 @@ class Home:
 
     async def worker(self, host: outlive.Host, thread_id: str) -> int:
         """Return the pid of a thread's worker, resumed if need be."""
-        while True:
-            row = await outlive.Thread(host, thread_id).resume()
-            if row.worker_pid and lives(row.worker_pid):  # else the broker has yet to notice
-                return row.worker_pid
+        row = await outlive.Thread(host, thread_id).resume()
+        assert row.worker_pid is not None
+        return row.worker_pid
 
     async def kill_worker(self, host: outlive.Host, thread_id: str) -> int:
         """Kill a thread's worker with SIGKILL and wait until its next one is up; return the pid of that."""

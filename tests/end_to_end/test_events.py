@@ -113,19 +113,20 @@ async def test_deltas_go_on_where_they_stopped_after_a_handoff_under_the_same_ca
     home: Home, host: outlive.Host, fifo: Callable[[str], Path]
 ) -> None:
     thread = await host.thread("stream")
-    go, there = fifo("go"), home.path / "there"
-    line = f"echo one; read go <{go}; echo two; read go <{go}; : >{there}; echo three; exit 1"
+    # Two: a reader that opens one again before its writer has closed it reads an end of file.
+    first, second = fifo("first"), fifo("second")
+    line = f"echo one; read go <{first}; echo two; read go <{second}; echo three; exit 1"
     async with listening(host) as listener:
         child = await thread.exec_command(["sh", "-c", line], yield_time_ms=250, call_id="stream")
         await thread.detach()
         after = len(listener.heard)
-        go.write_text("go\n")
+        first.write_text("go\n")
         while b"two" not in await thread.output(child.process_id):
             await thread.read_output(child.process_id, 4, wait_ms=5000)
         # What a detached process prints is nobody's event.
         assert not [event for event in listener.heard[after:] if event["event"] == "delta"]
         await thread.resume()
-        go.write_text("go\n")
+        second.write_text("go\n")
         end = await listener.until(event="end", thread="stream")
         deltas = listener.chunks(child.process_id)
         assert b"".join(delta["chunk"] for delta in deltas) == b"one\ntwo\nthree\n"

@@ -189,3 +189,13 @@ async def test_a_worker_that_is_stopped_is_neither_robbed_nor_killed(home: Home,
     os.kill(worker, signal.SIGCONT)
     assert (await call).output == "hello\r\nhello\r\n"
     assert await home.worker(host, "stopped") == worker
+
+
+async def test_a_resume_right_after_a_kill_tells_of_the_next_worker(home: Home, host: outlive.Host) -> None:
+    thread = await host.thread("next")
+    for _ in range(5):
+        before = await thread.resume()
+        assert before.worker_pid is not None
+        os.kill(before.worker_pid, signal.SIGKILL)
+        after = await thread.resume()
+        assert (after.epoch, after.worker_pid == before.worker_pid) == (before.epoch + 1, False)
