@@ -153,8 +153,7 @@ class Operations:
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
-                while thread.worker_pid == peer.pid and thread.worker in (None, peer):
-                    await thread.changed()  # until its death is proved, it may still be typing
+                await self._threads.death_proved(thread, peer)  # until then it may still be typing
                 if thread.worker_pid == peer.pid and call.chars:
                     before = -1
                 call = self._still_to_type(found, call, before)
@@ -411,9 +410,16 @@ class Operations:
 
     async def resume(self, call: messages.Resume, deadline: float | None) -> ThreadRow:
         thread = self._threads.get(call.thread)
-        await self._threads.worker(thread)
-        await self._threads.handed_over(thread)
-        return thread.row()
+        while True:
+            peer = await self._threads.worker(thread)
+            await self._threads.handed_over(thread)
+            try:
+                # One that was killed a moment ago may not be dead yet: name only a worker that answers.
+                await peer.call(messages.Deltas(wanted=self._world.deltas_wanted), self._world.transmit, deadline)
+            except WorkerGone:
+                await self._threads.death_proved(thread, peer)
+                continue
+            return thread.row()
 
     async def reattach(self, call: messages.Reattach, deadline: float | None) -> ReattachSummary:
         return await self._threads.reattach_thread_processes(self._threads.get(call.thread))

@@ -64,6 +64,11 @@ class Workers(Processes):
         while any(call_id in peer.starts for peer in thread.former):
             await thread.changed()
 
+    async def death_proved(self, thread: Thread, peer: Peer) -> None:
+        """Wait until a worker that hung up is dead, or has come back with another channel."""
+        while thread.worker_pid == peer.pid and thread.worker in (None, peer):
+            await thread.changed()
+
     async def gone(self, thread: Thread) -> None:
         """Wait until the worker process that the thread has now is gone; a call may want the next one at once."""
         epoch = thread.epoch
