@@ -14,21 +14,18 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import secrets
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgpack
 import msgspec
 import zmq
 
-from . import channel, kernel, launch, messages, wire
-from .channel import Channel
-from .errors import BadRequest, HandoffError, Interrupted, PeerError, Unavailable
+from . import messages, wire
+from .connection import Connection, NotSent, open_connection, until_readable
+from .errors import BadRequest, Interrupted, Unavailable
 from .messages import (
     CHARS_MAX,
     OFFSET_MAX,
@@ -48,7 +45,6 @@ from .messages import (
     Reattach,
     ReattachSummary,
     RecentEvents,
-    Reply,
     Resize,
     Resume,
     Shutdown,
@@ -64,11 +60,6 @@ from .response import Response
 
 # Seconds beyond its own waiting that a call may take: a worker may have to be started first.
 MARGIN = 60.0
-# Seconds until a broker that is being started has to answer.
-START_DEADLINE = 20.0
-_LOOK = 0.01
-# Seconds that the kernel may take between closing a dying broker's first socket and its last.
-_HANG_UP = 2.0
 # Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
 FOLLOW_MS = 3_600_000
 
@@ -83,87 +74,6 @@ def connect(paths: Paths | None = None, *, start: bool = True) -> Host:
     return Host(paths or Paths.from_environment(), start=start)
 
 
-class _NotSent(ConnectionError):
-    """The broker was lost before the request was on its way: asking again does nothing twice."""
-
-
-class _Connection:
-    """One connection to one broker: the channel that vouches for us, the socket for requests."""
-
-    def __init__(self, paths: Paths, context: zmq.Context[zmq.Socket[bytes]], link: Channel, token: str) -> None:
-        self.lost = asyncio.Event()
-        self._token = token
-        self._channel = link
-        self._loop = asyncio.get_running_loop()
-        self._replies: dict[int, asyncio.Future[Reply]] = {}
-        self._numbers = itertools.count(1)
-        self._address = SocketPath(paths.control)
-        socket = wire.new_socket(context, zmq.DEALER)
-        socket.connect(f"ipc://{self._address.text}")
-        self._port = wire.Port(socket, self._receive)
-        self._loop.add_reader(link.fileno(), self._hung_up)
-
-    async def ask(self, body: Body, seconds: float | None) -> Reply:
-        """Return the reply; raises `ConnectionError` when the broker is lost, `TimeoutError` after `seconds`."""
-        number = next(self._numbers)
-        answer: asyncio.Future[Reply] = self._loop.create_future()
-        self._replies[number] = answer
-        deadline = None if seconds is None else kernel.boottime() + seconds
-        try:
-            if self.lost.is_set():
-                raise _NotSent("the broker has gone")
-            request = wire.request(body, id=number, token=self._token, deadline=deadline)
-            frame = wire.encode(request)
-            try:
-                self._port.send([frame])
-            except zmq.Again:  # nobody is connected, and the channel will say so; or our queue is full
-                await self._until_lost()
-                if self.lost.is_set():
-                    raise _NotSent("the broker has gone") from None
-                raise
-            async with asyncio.timeout(seconds):
-                return await answer
-        finally:
-            self._replies.pop(number, None)
-
-    async def _until_lost(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_HANG_UP):
-                await self.lost.wait()
-
-    def close(self) -> None:
-        """Hang up; what is under way fails with `ConnectionError`."""
-        if self._channel.fileno() >= 0:
-            self._loop.remove_reader(self._channel.fileno())
-            self._channel.close()
-            self._port.close()
-            self._address.close()
-        self.lost.set()
-        for answer in self._replies.values():
-            if not answer.done():
-                answer.set_exception(ConnectionResetError("the broker has gone"))
-
-    def _receive(self, frames: list[bytes]) -> None:
-        try:
-            reply = wire.decode(frames[-1])
-        except PeerError:
-            return
-        if isinstance(reply, Reply) and (answer := self._replies.get(reply.id)) and not answer.done():
-            answer.set_result(reply)
-
-    def _hung_up(self) -> None:
-        try:
-            packet = self._channel.receive()
-        except BlockingIOError:
-            return
-        except (PeerError, OSError):
-            packet = None
-        if packet is None:
-            self.close()
-        else:
-            packet.close()
-
-
 class Host:
     """A user's outlive on this machine: the broker, started when it is needed."""
 
@@ -171,7 +81,7 @@ class Host:
         self.paths = paths
         self._start = start
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> Host:
@@ -219,7 +129,7 @@ class Host:
         pidfd = os.pidfd_open(pid)
         try:
             answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
-            await _readable(pidfd, MARGIN)
+            await until_readable(pidfd, MARGIN)
         finally:
             os.close(pidfd)
         return answer
@@ -283,7 +193,7 @@ class Host:
             connection = await self._connected()
             try:
                 reply = await connection.ask(body, seconds)
-            except _NotSent:
+            except NotSent:
                 continue
             except ConnectionError:
                 if not repeat:
@@ -300,53 +210,13 @@ class Host:
                 raise Unavailable(f"the request could not be sent: {error}") from None
             return wire.result_of(reply, wanted)
 
-    async def _connected(self) -> _Connection:
+    async def _connected(self) -> Connection:
         async with self._connecting:
             if self._connection is None or self._connection.lost.is_set():
                 if self._connection:
                     self._connection.close()
-                link = await self._reach()
-                try:
-                    token = await self._greet(link)
-                    self._connection = _Connection(self.paths, self._context, link, token)
-                except BaseException:
-                    link.close()
-                    raise
+                self._connection = await open_connection(self.paths, self._context, start=self._start)
             return self._connection
-
-    async def _reach(self) -> Channel:
-        """Return a channel to the broker, started if need be and allowed."""
-        # A folder that cannot be used is told, with its name, when it is prepared.
-        with suppress(ConnectionRefusedError, FileNotFoundError, NotADirectoryError, PermissionError):
-            return channel.connect(self.paths.channel)
-        if not self._start:
-            raise Unavailable(f"no broker runs for {self.paths.run}; `outlive up` starts it")
-        deadline = time.monotonic() + START_DEADLINE
-        said = await asyncio.to_thread(_start_broker, self.paths)
-        if said not in ("ready", "taken", ""):
-            raise Unavailable(f"the broker did not start: {said}")
-        while time.monotonic() < deadline:
-            with suppress(ConnectionRefusedError, FileNotFoundError):
-                return channel.connect(self.paths.channel)
-            if not said:
-                raise Unavailable(f"the broker ended at its start; see {self.paths.log}")
-            await asyncio.sleep(_LOOK)
-        raise Unavailable(f"the broker did not come up within {START_DEADLINE:.0f} s; see {self.paths.log}")
-
-    async def _greet(self, link: Channel) -> str:
-        try:
-            await link.send_async("hello", role="client", pid=os.getpid())
-            # Not in a thread: a caller that gives up would have to wait for it.
-            if not await _readable(link.fileno(), START_DEADLINE):
-                raise Unavailable(f"the broker does not answer within {START_DEADLINE:.0f} s; see {self.paths.log}")
-            packet = link.receive()
-        except (OSError, HandoffError) as error:
-            raise Unavailable(f"the broker does not answer: {error}") from None
-        if packet is None:
-            raise Unavailable("the broker hung up during the handshake; it may be ending: try again")
-        if packet.kind != "welcome":
-            raise Unavailable(f"the broker refused the connection: {packet.message.get('message')}")
-        return str(packet.message["token"])
 
 
 class Thread:
@@ -530,40 +400,6 @@ class Thread:
         """End the thread's worker and attached processes; `all`: its detached ones too."""
         body = Shutdown(thread=self.thread_id, all=all)
         return (await self.host.call(body, list[ThreadRow], None))[0]
-
-
-def _start_broker(paths: Paths) -> str:
-    """Start a broker that is nobody's child, and return the one line it says; empty when it said none."""
-    paths.prepare()
-    ready, theirs = os.pipe()
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        pid = launch.launch("outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=log, forsaken=True)
-    finally:
-        os.close(theirs)
-        os.close(log)
-    try:
-        os.waitpid(pid, 0)
-        return os.read(ready, 4096).decode("utf-8", "replace").strip()
-    except ChildProcessError:  # the application waits for all children itself
-        return os.read(ready, 4096).decode("utf-8", "replace").strip()
-    finally:
-        os.close(ready)
-
-
-async def _readable(fd: int, seconds: float) -> bool:
-    """Wait until `fd` is readable; false after `seconds`."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    try:
-        async with asyncio.timeout(seconds):
-            await readable.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(fd)
-    return True
 
 
 def to_builtins(value: Any) -> Any:

@@ -1,0 +1,198 @@
+"""One connection to the broker: found, or started; greeted; asked; lost.
+
+    channel    handshake; its end of file is how we learn at once that the broker is gone
+    control    ZeroMQ: requests out, replies in
+
+Always true
+    A request that fails with `NotSent` was not done; with `ConnectionError`, it may have been.
+
+Not here
+    What can be asked, and what may be asked twice: `client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from contextlib import suppress
+
+import zmq
+
+from . import channel, kernel, launch, wire
+from .channel import Channel
+from .errors import HandoffError, PeerError, Unavailable
+from .messages import Body, Reply
+from .paths import Paths, SocketPath
+
+# Seconds until a broker that is being started has to answer.
+START_DEADLINE = 20.0
+_LOOK = 0.01
+# Seconds that the kernel may take between closing a dying broker's first socket and its last.
+_HANG_UP = 2.0
+
+
+class NotSent(ConnectionError):
+    """The broker was lost before the request was on its way: asking again does nothing twice."""
+
+
+class Connection:
+    """One connection to one broker: the channel that vouches for us, the socket for requests."""
+
+    def __init__(self, paths: Paths, context: zmq.Context[zmq.Socket[bytes]], link: Channel, token: str) -> None:
+        self.lost = asyncio.Event()
+        self._token = token
+        self._channel = link
+        self._loop = asyncio.get_running_loop()
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._numbers = itertools.count(1)
+        self._address = SocketPath(paths.control)
+        socket = wire.new_socket(context, zmq.DEALER)
+        socket.connect(f"ipc://{self._address.text}")
+        self._port = wire.Port(socket, self._receive)
+        self._loop.add_reader(link.fileno(), self._hung_up)
+
+    async def ask(self, body: Body, seconds: float | None) -> Reply:
+        """Return the reply; raises `ConnectionError` when the broker is lost, `TimeoutError` after `seconds`."""
+        number = next(self._numbers)
+        answer: asyncio.Future[Reply] = self._loop.create_future()
+        self._replies[number] = answer
+        deadline = None if seconds is None else kernel.boottime() + seconds
+        try:
+            if self.lost.is_set():
+                raise NotSent("the broker has gone")
+            request = wire.request(body, id=number, token=self._token, deadline=deadline)
+            frame = wire.encode(request)
+            try:
+                self._port.send([frame])
+            except zmq.Again:  # nobody is connected, and the channel will say so; or our queue is full
+                await self._until_lost()
+                if self.lost.is_set():
+                    raise NotSent("the broker has gone") from None
+                raise
+            async with asyncio.timeout(seconds):
+                return await answer
+        finally:
+            self._replies.pop(number, None)
+
+    async def _until_lost(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HANG_UP):
+                await self.lost.wait()
+
+    def close(self) -> None:
+        """Hang up; what is under way fails with `ConnectionError`."""
+        if self._channel.fileno() >= 0:
+            self._loop.remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._port.close()
+            self._address.close()
+        self.lost.set()
+        for answer in self._replies.values():
+            if not answer.done():
+                answer.set_exception(ConnectionResetError("the broker has gone"))
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            reply = wire.decode(frames[-1])
+        except PeerError:
+            return
+        if isinstance(reply, Reply) and (answer := self._replies.get(reply.id)) and not answer.done():
+            answer.set_result(reply)
+
+    def _hung_up(self) -> None:
+        try:
+            packet = self._channel.receive()
+        except BlockingIOError:
+            return
+        except (PeerError, OSError):
+            packet = None
+        if packet is None:
+            self.close()
+        else:
+            packet.close()
+
+
+async def open_connection(paths: Paths, context: zmq.Context[zmq.Socket[bytes]], *, start: bool) -> Connection:
+    """Return a connection to the broker, which is started if there is none and `start` allows it.
+
+    Raises `Unavailable` when there is none, or it does not answer within `START_DEADLINE`.
+    """
+    link = await _reach(paths, start=start)
+    try:
+        return Connection(paths, context, link, await _greet(paths, link))
+    except BaseException:
+        link.close()
+        raise
+
+
+async def _reach(paths: Paths, *, start: bool) -> Channel:
+    """Return a channel to the broker, started if need be and allowed."""
+    # A folder that cannot be used is told, with its name, when it is prepared.
+    with suppress(ConnectionRefusedError, FileNotFoundError, NotADirectoryError, PermissionError):
+        return channel.connect(paths.channel)
+    if not start:
+        raise Unavailable(f"no broker runs for {paths.run}; `outlive up` starts it")
+    deadline = time.monotonic() + START_DEADLINE
+    said = await asyncio.to_thread(_start_broker, paths)
+    if said not in ("ready", "taken", ""):
+        raise Unavailable(f"the broker did not start: {said}")
+    while time.monotonic() < deadline:
+        with suppress(ConnectionRefusedError, FileNotFoundError):
+            return channel.connect(paths.channel)
+        if not said:
+            raise Unavailable(f"the broker ended at its start; see {paths.log}")
+        await asyncio.sleep(_LOOK)
+    raise Unavailable(f"the broker did not come up within {START_DEADLINE:.0f} s; see {paths.log}")
+
+
+async def _greet(paths: Paths, link: Channel) -> str:
+    """Shake hands, and return our token."""
+    try:
+        await link.send_async("hello", role="client", pid=os.getpid())
+        # Not in a thread: a caller that gives up would have to wait for it.
+        if not await until_readable(link.fileno(), START_DEADLINE):
+            raise Unavailable(f"the broker does not answer within {START_DEADLINE:.0f} s; see {paths.log}")
+        packet = link.receive()
+    except (OSError, HandoffError) as error:
+        raise Unavailable(f"the broker does not answer: {error}") from None
+    if packet is None:
+        raise Unavailable("the broker hung up during the handshake; it may be ending: try again")
+    if packet.kind != "welcome":
+        raise Unavailable(f"the broker refused the connection: {packet.message.get('message')}")
+    return str(packet.message["token"])
+
+
+def _start_broker(paths: Paths) -> str:
+    """Start a broker that is nobody's child, and return the one line it says; empty when it said none."""
+    paths.prepare()
+    ready, theirs = os.pipe()
+    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        pid = launch.launch("outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=log, forsaken=True)
+    finally:
+        os.close(theirs)
+        os.close(log)
+    try:
+        os.waitpid(pid, 0)
+        return os.read(ready, 4096).decode("utf-8", "replace").strip()
+    except ChildProcessError:  # the application waits for all children itself
+        return os.read(ready, 4096).decode("utf-8", "replace").strip()
+    finally:
+        os.close(ready)
+
+
+async def until_readable(fd: int, seconds: float) -> bool:
+    """Wait until `fd` is readable; false after `seconds`."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await readable.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+    return True
