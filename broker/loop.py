@@ -326,7 +326,8 @@ class Broker:
             raise PeerError(f"hello: role {role!r:.40}; use client or worker")
         self._unknown.pop(peer).cancel()
         self._peers[token] = peer
-        peer.channel.send("welcome", token=token, broker_pid=os.getpid(), protocol=messages.VERSION)
+        with suppress(OSError):  # it has died meanwhile; its end of file comes next
+            peer.channel.send("welcome", token=token, broker_pid=os.getpid(), protocol=messages.VERSION)
 
     def _hang_up(self, peer: Peer) -> None:
         if peer.channel.fileno() < 0:

@@ -129,7 +129,9 @@ class Channel:
         try:
             raw, ancillary, flags, _ = self.socket.recvmsg(PACKET_MAX, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
-            return None
+            # Said once, and first, when the peer died before it had read everything from us.  What it had sent is
+            # still in the queue: a deposit, perhaps.
+            raw, ancillary, flags, _ = self.socket.recvmsg(PACKET_MAX, space, socket.MSG_CMSG_CLOEXEC)
         fds = _descriptors(ancillary)
         if not raw:
             _close(fds)

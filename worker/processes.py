@@ -17,8 +17,9 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from ..common import kernel, launch, tree
 from ..common.config import Config
@@ -456,8 +457,24 @@ class ProcessManager:
         self._let_go(managed)
 
     def _let_go(self, managed: Managed) -> None:
-        self._calls.pop(managed.held.transcript.facts.call_id, None)
-        managed.held.release().close()
+        held = managed.held
+        self._calls.pop(held.transcript.facts.call_id, None)
+        if not self._talking[held.process_id]:
+            held.release().close()
+            return
+        held.hurry()  # whoever talks about it still reads from its descriptors
+        self._beside(self._release_when_quiet(held))
+
+    async def _release_when_quiet(self, held: Held) -> None:
+        while self._talking[held.process_id]:
+            await asyncio.sleep(0)
+        held.release().close()
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _end(self, process_id: str, by: By) -> asyncio.Task[None]:
         """Take a process out and end its tree; its end is reported to the broker, and to nobody else."""
@@ -466,10 +483,7 @@ class ProcessManager:
         managed.watch.abort()
         managed.held.hurry()
         managed.held.transcript.record_by(by)
-        task = asyncio.get_running_loop().create_task(self._see_off(managed))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._beside(self._see_off(managed))
 
     async def _see_off(self, managed: Managed) -> None:
         held = managed.held

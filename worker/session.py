@@ -66,6 +66,9 @@ class Session:
         link = asyncio.create_task(self._link.run())
         done = asyncio.create_task(self._done.wait())
         finished, _ = await asyncio.wait({link, done}, return_when=asyncio.FIRST_COMPLETED)
+        for task in self._tasks:  # what still waits for output would read from closed descriptors
+            task.cancel()
+        await asyncio.wait({asyncio.create_task(asyncio.sleep(0)), *self._tasks})
         self._nursery.close()
         self.manager.close()
         self._link.close()

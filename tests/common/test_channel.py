@@ -383,3 +383,14 @@ def test_a_foreign_user_is_refused_on_both_ends() -> None:
             channel.check_user(theirs)
         theirs.close()
         listener.close()
+
+
+def test_what_a_peer_sent_is_received_though_it_died_with_our_packets_unread() -> None:
+    ours, theirs = channel.pair()
+    ours.send("order")
+    theirs.send("deposit", number=1)
+    theirs.send("deposit", number=2)
+    theirs.close()
+    arrived = [ours.receive() for _ in range(3)]
+    assert [packet and packet.message["number"] for packet in arrived] == [1, 2, None]
+    ours.close()
