@@ -65,7 +65,7 @@ class Link:
         self._address: SocketPath | None = None
         self._token = ""
         self._registered: asyncio.Future[Welcome] | None = None
-        self._parcels: dict[str, dict[tuple[str, str], Handles]] = {}
+        self._parcels: dict[str, tuple[dict[tuple[str, str], Handles], asyncio.TimerHandle]] = {}
         self._outgoing: list[bytes] = []
         self._lost = asyncio.Event()
 
@@ -101,7 +101,9 @@ class Link:
             raise HandoffError(f"parcels {', '.join(missing)} have not arrived")
         claimed: dict[tuple[str, str], Handles] = {}
         for ticket in tickets:
-            claimed |= self._parcels.pop(ticket)
+            parcel, expiry = self._parcels.pop(ticket)
+            expiry.cancel()
+            claimed |= parcel
         return claimed
 
     def close(self) -> None:
@@ -193,12 +195,14 @@ class Link:
             if packet.kind == "parcel":
                 with suppress(PeerError):
                     ticket = str(packet.message.get("ticket", secrets.token_hex(8)))
-                    self._parcels[ticket] = open_parcel(packet)
-                    self._loop.call_later(UNCLAIMED, self._expire, ticket)
+                    parcel = open_parcel(packet)
+                    self._parcels[ticket] = parcel, self._loop.call_later(UNCLAIMED, self._expire, ticket)
             packet.close()
 
     def _expire(self, ticket: str) -> None:
-        for handles in self._parcels.pop(ticket, {}).values():
+        parcel, expiry = self._parcels.pop(ticket)
+        expiry.cancel()
+        for handles in parcel.values():
             handles.close()
 
     def _drop(self) -> None:
