@@ -7,12 +7,24 @@ Read in this order; a module imports only from those above it, and from `common`
     detached     the `DetachedStore`: processes that the broker itself pumps.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
-    processes    deposits and words of workers in, what custody decides done.
-    workers      what lifecycle decides done; who waits for a worker.
-    threads      the `ThreadManager`: detach, reattach, clean, shut down.
+    processes    `Processes`: takes deposits and notices from workers, and does what custody decides.
+    workers      `Workers`, on top of that: does what lifecycle decides; who waits for a worker waits here.
+    threads      `ThreadManager`, on top of both: detach, reattach, clean, shut down.
     operations   what each client request does.
-    loop         the only place with sockets, signals and the clock.
-    __main__     options, logging, the lock that keeps a second broker out.
+    loop         the sockets, the signals, the workers' pidfds; events as they go out.
+    __main__     limits, signals that are ignored, the lock that keeps a second broker out.
+
+`Processes`, `Workers` and `ThreadManager` are one object in three layers: the loop and the operations have one
+`ThreadManager`, and what it needs of the loop is the protocol `processes.World`.
+
+One `exec_command`: `loop` checks the frame and its token; `operations` waits for a worker (`workers` starts it) and
+sends the request on; the worker's spawner deposits the descriptors on the worker's channel (`loop`, `processes`);
+the worker's reply comes back through `peers`.
+
+One death of a worker: `loop` learns of it by pidfd or SIGCHLD and reads the rest of its channel; `workers` gives
+its processes to the broker by way of `custody` (`processes` starts pumps in `detached`), and starts the next worker
+by way of `lifecycle`; when that has registered, `threads` sends everything to it.  Calls that were under way fail
+with `WorkerGone` in `operations`, which asks the next worker.
 
 Places kept for what is to come: `wakes` (which endings wake which thread) and `journal` (what must survive a
 reboot) beside custody; `keeper`, the small parent of this process, beside `__main__`.

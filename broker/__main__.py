@@ -1,8 +1,8 @@
 """`python -m outlive.broker [READY]`: what the first command starts; not for people.
 
 The lock makes it the only one of its runtime folder: a second one ends at once, successfully, since what was
-wanted is there.  READY is a descriptor to which it writes one line: `ready`, `taken` (another has the lock), or
-what went wrong.
+wanted is there.  Standard error is its log.  READY is a descriptor to which it writes one line: `ready`, `taken`
+(another has the lock), or what went wrong.
 """
 
 from __future__ import annotations

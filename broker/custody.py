@@ -11,7 +11,7 @@ Always true
     a dangerous moment: a worker that dies in any of them is a `WorkerLost` like any other.
 
 Not here
-    Descriptors, sockets, clocks.  Who waits for what: `operations`.
+    Descriptors, sockets, clocks.  Who waits for what: `operations`, `workers`.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Event(Enum):
 
 
 class Effect(Enum):
-    """What is to be done, in this order."""
+    """What is to be done, in this order; `processes` does it."""
 
     STOP_PUMP = auto()
     START_PUMP = auto()
-    SEND_HANDLES = auto()
+    SEND_HANDLES = auto()  # whoever decided the reattachment does: many go in one parcel (`threads`)
     RECORD_LOST = auto()
     ANNOUNCE = auto()
     END_TREE = auto()

@@ -5,7 +5,8 @@ Always true
     A worker that had come up is replaced at once, however often it dies; only deaths before that are counted.
 
 Not here
-    Processes and their descriptors: `custody`.  Pids, clocks: a retry reaches us as an event.
+    Processes and their descriptors: `custody`.  Pids, clocks: a retry reaches us as an event.  `workers` does what
+    is decided here.
 """
 
 from __future__ import annotations
@@ -44,13 +45,16 @@ class Event(Enum):
 
 
 class Effect(Enum):
-    """What is to be done."""
+    """What is to be done.
+
+    For the last two nothing more is: whoever waits is told after each event, and looks at the phase.
+    """
 
     START_WORKER = auto()
     PAUSE = auto()  # for `Life.pause`
     WELCOME = auto()  # give it what is detached, let waiting calls go on
     SAY_BYE = auto()
-    FAIL_CALLS = auto()
+    FAIL_CALLS = auto()  # whoever waits for a worker waits in vain
     SETTLED = auto()  # whoever waits for the worker to be gone can go on
 
 

@@ -1,7 +1,17 @@
-"""The broker's loop: the only place with sockets, signals and the clock.
+"""The broker's loop: its sockets, its signals, its workers' pidfds; events as they go out.
 
 It accepts peers on the channel (the kernel says who they are), frames on the control socket (the token says who
 sent them), watches its workers' pidfds, and waits for adopted orphans.  What to do is decided elsewhere.
+
+An event is two frames on the events socket: its topic, `delta` for output and `event` for all others, and a msgpack
+map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 3339 UTC), and
+
+    begin                   pid, command
+    delta                   n (counts per call), offset, chunk
+    end                     outcome, output (its head and tail)
+    detached, reattached
+    worker                  what: up, with epoch and pid; died, with epoch and how
+    broker                  what: up, down; pid
 
 Always true
     A worker's channel is read before its frame is acted on: what it deposited first is known first.

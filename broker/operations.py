@@ -1,8 +1,13 @@
 """What each client request does.
 
 Requests that a worker carries out are sent there, and sent again to the next worker when it dies, if doing so
-cannot do anything twice: `exec_command` counts once by its call id, and reading repeats nothing.  Typing is not
-repeated: its caller is told.  Everything else the broker answers by itself, without waking anyone.
+cannot do anything twice: `exec_command` counts once by its call id, and reading repeats nothing.  Of input only
+what, by the transcript's header, was not typed yet is sent again; where that cannot tell, the caller gets
+`Interrupted`.  What the broker holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin`
+(unless told not to) wake a sleeping thread.
+
+Each method does the request of its name, which `common.messages` describes.  The one that is not here,
+`RecentEvents`, is answered by the loop, which remembers them.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Peer:
         self.thread_id = ""
         self.epoch = 0
         self.open = True
-        # Of a client: its requests under way, and those of them that only wait or read.  The others are carried
-        # to their end also when their caller has gone: half a handoff would leave a process without a pumper.
+        # Of a client: its requests under way, and those of them that only wait or read, dropped when it has gone.
+        # The others are carried to their end: half a handoff would leave a process without a pumper.
         self.tasks: set[asyncio.Task[None]] = set()
         self.waits: set[asyncio.Task[None]] = set()
         # Of a worker: what we wait for.

@@ -1,8 +1,11 @@
-"""Every process that the broker knows: deposits and words of workers in, what custody decides done.
+"""Every process that the broker knows: takes deposits and notices from workers, and does what custody decides.
 
 Always true
     An event is decided and carried out without an `await` in between.
     What is known of a process is in its entry; an entry leaves the table only as GONE.
+
+Not here
+    Sending descriptors to a worker: many go in one parcel, `threads`.
 """
 
 from __future__ import annotations

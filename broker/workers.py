@@ -1,7 +1,11 @@
 """Every thread's worker: does what its life decides, and lets others wait for it.
 
 Always true
-    A worker counts as dead only by the kernel's word, and only then do its processes come to the broker.
+    A worker counts as dead only by the kernel's word, and only then do its processes come to the broker without
+    its consent.  That its channel is closed proves nothing: it lives, and will connect again, or its pidfd follows.
+
+Not here
+    Forks and pidfds: `loop`.  Giving the next worker its processes: `threads`.
 """
 
 from __future__ import annotations
