@@ -4,11 +4,15 @@ Read in this order; a module imports only from those above it, and from `common`
     pruning      which process makes room for a new one.  Decides; does nothing.
     watchers     output as deltas, an end as one event.  Decides what to say; `link` says it.
     spawner      a small program beside the worker: it forks, deposits, and records how children ended.
-    nursery      the worker's end of it: one start, from request to handles.
+    nursery      the worker's end of it: one start, from an order to the handles of a process.
     processes    the `ProcessManager`: exec_command, write_stdin, export, import.
     link         the connection to the broker: handshake, registration, reconnecting for ever.
     session      requests in, replies and notices out.
-    __main__     options, logging.
+    __main__     arguments, limits, signals that are ignored.
+
+One `exec_command`: `link` receives it, `session` takes it apart, `processes` gives `nursery` an order, `spawner`
+deposits, forks and deposits the rest; `processes` holds what comes back (`common.held`) and answers; `session`
+sends the answer through `link`.
 
 The agent's own code will run in `session`, in the same process: nothing here may block the loop.
 """

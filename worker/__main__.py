@@ -1,4 +1,8 @@
-"""`python -m outlive.worker THREAD EPOCH MODE`: what the broker starts; not for people."""
+"""`python -m outlive.worker THREAD EPOCH MODE`: what the broker starts; not for people.
+
+EPOCH numbers the workers of a thread.  MODE is that of the pump, `spliced` or `copied`: the broker has tried out
+what this machine can.  Standard error is the broker's log.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ tries again for ever with growing pauses, registers, and deposits what a new bro
 
 Always true
     Nothing is queued for a broker that is away; what it must know is in the headers, and told at registration.
-    Parcels that no message claims are closed after `UNCLAIMED`.
+    Parcels that no message claims are closed after `UNCLAIMED` seconds: the broker still has its copies.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ handoff.  Every process is a `Held` (pumped here) with a `Watch` (what is told a
 Always true
     A call id starts at most one process, also when the call comes again while the first is under way.
     An id that was ever used in this thread is not given out again.
-    A process leaves the manager by exactly one of: collected, exported, ended by us.
+    A process leaves the manager by exactly one of: collected, exported, ended by us, forgotten when told to.
 """
 
 from __future__ import annotations

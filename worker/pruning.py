@@ -1,6 +1,7 @@
 """Which process makes room for a new one.  Decides; does nothing.
 
-The rule is the base's: never one of the 8 most recently used; ended ones first; then the least recently used.
+Never one of the 8 most recently used; ended ones first; then the least recently used: agents trained with OpenAI
+Codex know this rule.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """One thread session: requests from the broker in, replies and notices out.
 
 It owns the parts (pumps, nursery, manager, link) and their order of birth and death.  Nothing of a process
-depends on it: when it is killed here, its children run on.
+depends on it: when the worker is killed, its children run on.
+
+Always true
+    A request is answered before the processes it has collected are let go: the broker passes answers on in order.
 """
 
 from __future__ import annotations
