@@ -12,7 +12,7 @@ Read in this order; a module imports only from those above it.
     channel      descriptors between processes: SOCK_SEQPACKET, with peers checked by the kernel.
     launch       starting a process of our own; the names that children carry.
     config       the configuration file.
-    messages     every request, reply and event, as frozen types.
+    messages     every request, notice and reply, as frozen types.
     wire         messages as bytes, with limits; the ZeroMQ sockets.
     response     the result of one tool call, as an object and as text.
     held         one process in the hands of whoever pumps it, worker or broker.

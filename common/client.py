@@ -1,4 +1,4 @@
-"""The Python API: `outlive.connect()`, a `Host`, its `Thread`s; one method per command of the command line.
+"""The Python API: `outlive.connect()`, a `Host`, its `Thread`s; what the command line can do.
 
     async with outlive.connect() as host:
         build = await host.thread("build")
@@ -7,8 +7,13 @@
         await build.detach()
 
 Always true
-    A call that is repeated, by us or by its caller with the same `call_id`, starts nothing twice.
-    A lost broker is found, or started, again; only input that may have been typed is an error to its caller.
+    A call that is repeated, by us or by its caller with the same `call_id`, starts nothing twice while its process
+    is held or the broker that saw it end keeps its record.
+    A lost broker is found, or started, again; only input that may have been typed, and `down`, are errors to their
+    caller.
+
+Not here
+    How a broker is reached: `connection`.
 """
 
 from __future__ import annotations
@@ -113,7 +118,7 @@ class Host:
         return await self.call(ListProcesses(ended=ended), list[ProcessRow])
 
     async def status(self) -> dict[str, Any]:
-        """Return what the broker says about itself."""
+        """Return what the broker says about itself: version, pid, how many threads and processes, pump."""
         return await self.call(Status(), dict[str, Any])
 
     async def shutdown(self) -> list[ThreadRow]:
@@ -121,9 +126,10 @@ class Host:
         return await self.call(Shutdown(all=True), list[ThreadRow], None)
 
     async def down(self, *, force: bool = False) -> dict[str, Any]:
-        """End the broker and see it gone; raises `BadRequest`, naming them, while processes live.
+        """End the broker, see it gone, and return as `ended` what that ended.
 
-        `force` ends them.
+        Raises `BadRequest`, naming them, while processes live; `force` ends them.  Raises `Interrupted` when the
+        broker was lost before it answered.
         """
         pid = (await self.status())["broker_pid"]
         pidfd = os.pidfd_open(pid)
@@ -139,7 +145,7 @@ class Host:
         return await self.call(RecentEvents(), list[dict[str, Any]])
 
     async def events(self, *, deltas: bool = False, recent: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """Yield events as they happen; `deltas`: output too; `recent`: the last ones first.
+        """Yield events as they happen, see `broker.loop`; `deltas`: output too; `recent`: the last ones first.
 
         Ends when the broker does.  `seq` counts all events: a jump means that this subscriber was too slow, or
         leaves deltas out.
@@ -187,7 +193,9 @@ class Host:
     async def call(self, body: Body, wanted: type[T], seconds: float | None = MARGIN, *, repeat: bool = True) -> T:
         """Send a request and return its result; raises the error it was answered with.
 
-        `repeat`: ask again when the broker was lost in between, which must do nothing twice.
+        `seconds`: how long the answer may take; `None`: for ever.  `repeat`: ask again when the broker was lost in
+        between, which must do nothing twice.  Raises `Unavailable` when no answer came or no broker can be had;
+        without `repeat`, `Interrupted` where the request may have been carried out.
         """
         while True:
             connection = await self._connected()
@@ -244,7 +252,8 @@ class Thread:
 
         `cmd`: text is a shell command line (run by `shell`, else the caller's, as a `login` shell), a list an
         argv.  `workdir`: default the caller's directory.  `size`: columns and rows of the terminal.
-        `yield_time_ms`: clamped to 250–30000.  `env`: added to the caller's environment.  `call_id`: the same
+        `yield_time_ms`: clamped to 250–30000.  `max_output_tokens`: of 4 bytes; what is longer keeps head and tail.
+        `env`: added to the caller's environment.  `call_id`: the same
         id again returns the same process and starts nothing; made up when not given.
         Raises `SpawnError` with its stage when the program never ran, `LimitReached`, `BadRequest`.
         """
@@ -279,6 +288,7 @@ class Thread:
         """Type `chars` into a process and return what it printed since the last call.
 
         `yield_time_ms`: how long to wait for output, clamped to 250–30000 (an empty `chars`: 5000–300000).
+        `max_output_tokens`: as in `exec_command`.
         `resume=False`: a sleeping thread is not woken for it; the broker types.
         Raises `StdinClosed` for a process started without a terminal, `UnknownProcess` for an id this thread
         never had, `Interrupted` when a worker died and the input may have been typed.  An ended process
@@ -301,7 +311,8 @@ class Thread:
     async def read_output(self, process_id: str, offset: int = 0, *, wait_ms: int = 0) -> Output:
         """Return what is kept of the output from `offset` on, up to 1 MiB, without delivering it.
 
-        `wait_ms`: wait that long for something after `offset`.
+        `wait_ms`: wait that many milliseconds for something after `offset`.  Raises `UnknownProcess`, or
+        `ExpiredProcess` for one whose record is no longer kept.
         """
         body = ReadOutput(thread=self.thread_id, process_id=process_id, offset=offset, wait_ms=wait_ms)
         return await self.host.call(body, Output, wait_ms / 1000 + MARGIN)
@@ -337,7 +348,8 @@ class Thread:
     async def wait(self, process_id: str, timeout: float | None = None) -> Outcome:
         """Wait for a process's end and return its outcome; raises `TimeoutError` after `timeout` seconds.
 
-        What has ended answers also within no time: `timeout=0` asks whether it has.
+        What has ended answers also within no time: `timeout=0` asks whether it has.  Raises `UnknownProcess`, or
+        `ExpiredProcess` for one whose record is no longer kept.
         """
         if timeout is not None:
             now = await self.read_output(process_id, OFFSET_MAX)
@@ -357,10 +369,11 @@ class Thread:
         foreground: bool = False,
         after: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Signal the whole tree of processes, or only their `foreground` groups.
+        """Signal the whole tree of processes, or only their `foreground` groups; return a row for each of them.
 
-        `after`: KILL what still lives after so many seconds, and answer when it is gone; else nothing
-        escalates.
+        `signal`: a number, or a name such as TERM or SIGTERM.  `after`: KILL what still lives after so many
+        seconds, and answer when it is gone; else nothing escalates.  A row's `signalled` says how many processes
+        got it: 0 for what had ended.  Raises `BadRequest` for `foreground` without a terminal.
         """
         try:
             number = signal_number(str(signal))
@@ -376,16 +389,26 @@ class Thread:
         return await self.host.call(body, list[dict[str, Any]], (after or 0) + MARGIN)
 
     async def resize(self, process_id: str, columns: int, rows: int) -> dict[str, Any]:
-        """Set the size of a process's terminal."""
+        """Set the size of a process's terminal, in characters; return its size then.
+
+        Raises `BadRequest` for a process that has ended, or has no terminal.
+        """
         body = Resize(thread=self.thread_id, process_id=process_id, columns=columns, rows=rows)
         return await self.host.call(body, dict[str, Any])
 
     async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
-        """Hand the thread's processes to the broker; answers when its worker has gone to bed."""
+        """Hand the thread's processes to the broker; answers when its worker has gone to bed, unless `keep_worker`.
+
+        Returns what the broker holds then; nothing for a thread that is not known.  Raises `Unavailable` when the
+        worker does not answer.
+        """
         return await self.host.call(Detach(thread=self.thread_id, keep_worker=keep_worker), DetachedProcessSummary)
 
     async def resume(self) -> ThreadRow:
-        """Start the thread's next worker, which takes its processes back."""
+        """Start the thread's worker, if none is up, and see it take back what is detached.
+
+        Raises `UnknownThread`, or `Unavailable` when the worker does not come up.
+        """
         return await self.host.call(Resume(thread=self.thread_id), ThreadRow)
 
     async def reattach(self) -> ReattachSummary:

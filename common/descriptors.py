@@ -1,12 +1,12 @@
 """The descriptors of one process, owned: each is closed exactly once, by whoever owns it last.
 
 The kernel hands a closed number out again at once, so a stale copy does not fail: it reads and writes
-somebody else's file.  Therefore numbers live only here, and leave only by `take` (the new owner closes) or as
-a loan for the length of one call.
+somebody else's file.  Therefore numbers live only here, and leave only into other `Handles` (`adopt`) or as a loan
+for the length of one call (`held`).
 
-The six roles are those of the design: `terminal` (the PTY master, or the read end of the output pipe), the
-`conduit` between terminal and transcript, the `inlet` between input and terminal (both only with a PTY), the
-`transcript`, the `pidfd`.
+The roles: `terminal` (the PTY master, or the read end of the output pipe); two ends each of the `conduit` between
+terminal and transcript and of the `inlet` between input and terminal (both pipes only with a PTY); the
+`transcript`; the `pidfd`.
 """
 
 from __future__ import annotations

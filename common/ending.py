@@ -5,8 +5,8 @@
     a zombie            the last field of /proc/PID/stat, while the pidfd proves that it is still ours
     the pidfd           PIDFD_GET_INFO, after the reap (Linux 6.15 and newer)
 
-The parent is the spawner; after its death the adopting subreaper.  Both record before they reap, so that there
-is no moment in which nobody can tell.
+The parent is the spawner; after its death the broker, the subreaper that adopts.  Both record before they reap, so
+that there is no moment in which nobody can tell.
 """
 
 from __future__ import annotations

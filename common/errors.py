@@ -56,7 +56,7 @@ class UnknownProcess(OutliveError):
 
 
 class ExpiredProcess(OutliveError):
-    """It ran and ended so long ago that its output is no longer kept."""
+    """It ran and ended, and has been let go: its outcome and output are no longer kept."""
 
     kind = "expired"
 

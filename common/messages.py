@@ -1,12 +1,15 @@
-"""Every request, reply and event, as frozen types: what may be asked, by whom, and what comes back.
+"""Every request, notice and reply, as frozen types: what may be asked, by whom, and what comes back.
 
-One frame is one msgpack map: a `Request` (with an `op` that names one of the bodies below), a `Reply`, or a
-`Notice` that needs no reply.  Types grow only by addition; `Down` keeps its shape for ever, so that any
-version can end any other.
+One frame is one msgpack map: a `Request` (with an `op` that names one of the bodies below), or a `Reply`.  A notice
+is a request with `id` 0, which gets no reply.  Types grow only by addition; `Down` keeps its shape for ever, so
+that any version can end any other.
 
     client → broker      everything in `CLIENT_OPS`
     broker → worker      everything in `WORKER_OPS`: some of the client's, and the handoff
     worker → broker      everything in `FROM_WORKER_OPS`: a `Register`, then notices
+
+Not here
+    Events for subscribers, which are plain maps: `broker.loop`.  Packets on the channel: `channel`.
 """
 
 from __future__ import annotations
@@ -105,6 +108,7 @@ class WriteStdin(Body, frozen=True, kw_only=True):
     """Type into a process, or with empty `chars` just poll it.
 
     `resume`: start or wake the thread's worker for it; else a detached process is typed into by the broker.
+    `write_id`: names the call; kept for a repetition that types nothing twice, and not looked at yet.
     `since`: answer with the output from this offset on rather than from what was delivered; set by the
     broker when it sends a call again that died with a worker; then `typed` says that some of its input had been
     typed, so that without `chars` it is no poll either.
@@ -261,7 +265,7 @@ class Bye(Body, frozen=True, kw_only=True):
 
 
 class Register(Body, frozen=True, kw_only=True):
-    """I am up, and hold these processes (none at a first start)."""
+    """I am up, and hold these processes (none at a first start); the broker goes by the deposits."""
 
     processes: list[Text] = []
 
@@ -302,7 +306,10 @@ class Delta(Body, frozen=True, kw_only=True):
 
 
 class Ended(Body, frozen=True, kw_only=True):
-    """A process has ended, and its output is in the transcript; `output` is its aggregate (head and tail)."""
+    """A process has ended, and its output is in the transcript; `output` is its aggregate (head and tail).
+
+    `announce`: whether subscribers are told; they are not of what was pruned or terminated.
+    """
 
     process_id: Text
     call_id: Text
@@ -317,7 +324,7 @@ class Orphaned(Body, frozen=True, kw_only=True):
 
 
 class Collected(Body, frozen=True, kw_only=True):
-    """These processes' ends and all their kept output are in the reply that follows."""
+    """The worker has let this process go: its end and all output were in replies already sent, or we ended it."""
 
     process_id: Text
 

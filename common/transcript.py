@@ -84,7 +84,7 @@ _PID_AT, _LEASE_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT, _BY_AT, _OUTCOME_AT, _R
 class Limits:
     """What a transcript keeps, in bytes.
 
-    The defaults are the base's (OpenAI Codex keeps 1 MiB, half of it the head), plus a window for an agent
+    The defaults are what agents know from OpenAI Codex, 1 MiB, half of it the head, plus a window for an agent
     that has not read yet.  `slack`: how far the tail may grow before it is trimmed, so that a flood is not
     one system call a page.
     """
