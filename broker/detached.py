@@ -7,7 +7,7 @@ The store borrows a process's descriptors from its custody entry and gives them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ..common import tree
 from ..common.descriptors import Handles
@@ -46,10 +46,6 @@ class DetachedStore:
     def get(self, key: Key) -> Held | None:
         """Return a process in our hands."""
         return self._processes.get(key)
-
-    def of_thread(self, thread_id: str) -> Iterator[Held]:
-        """Yield a thread's processes in our hands."""
-        return (held for (thread, _), held in list(self._processes.items()) if thread == thread_id)
 
     def insert(self, key: Key, handles: Handles) -> Held:
         """Pump a process; an older one of the same key is terminated.

@@ -198,9 +198,7 @@ class ThreadManager(Workers):
 
     async def shutdown_thread(self, thread: Thread, *, everything: bool) -> None:
         """End a thread's worker and attached processes; `everything`: detached ones too."""
-        while thread.life.phase in (Phase.STARTING, Phase.PAUSING):
-            if thread.life.phase is Phase.PAUSING:
-                break
+        while thread.life.phase is Phase.STARTING:
             await thread.changed()
         if peer := thread.worker:
             deadline = kernel.boottime() + TERMINATE_DEADLINE

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 ROLES = (
     "transcript",
@@ -48,10 +48,6 @@ class Handles:
     def held(self) -> dict[str, int]:
         """Return role → number of those that we have, in the order of `ROLES`: a loan, not a gift."""
         return {role: fd for role in ROLES if (fd := getattr(self, role)) >= 0}
-
-    def missing(self, roles: Iterable[str]) -> list[str]:
-        """Return those of `roles` that we do not have."""
-        return [role for role in roles if getattr(self, role) < 0]
 
     def adopt(self, other: Handles) -> None:
         """Take over what `other` has and we lack; what we both have is closed in `other`."""

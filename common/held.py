@@ -12,7 +12,6 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import termios
 import time
@@ -382,18 +381,6 @@ class Held:
                 )
         await self.until_ended(deadline)
         return self.answer(started, max_tokens, since=since, typed=typed, warnings=warnings)
-
-    # The world.
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Set the terminal's size; raises `StdinClosed` for a process without one."""
-        if not self.transcript.facts.tty or self.handles.terminal < 0:
-            raise StdinClosed(f"process {self.process_id} has no terminal; rerun the command with tty=true")
-        try:
-            kernel.set_window_size(self.handles.terminal, columns, rows)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
 
 
 def piece_of(transcript: Transcript, offset: int, limit: int, *, ended: bool) -> Output:

@@ -1,6 +1,6 @@
 """The few Linux calls that Python lacks, and facts that only the kernel knows.
 
-The only module with ctypes or ioctl numbers.  Each function does one call, returns plain values, and lets
+The only module with ctypes or ioctl numbers.  Each function asks one thing, returns plain values, and lets
 `OSError` through; a feature that a kernel does not have is a `None` or a `False`, never a guess.
 """
 
@@ -22,8 +22,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _PR_SET_CHILD_SUBREAPER = 36
-_KCMP_FILE = 0
-_KCMP_NUMBER = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "ppc64le": 354, "s390x": 343}
 _MFD_NOEXEC_SEAL = 0x08
 # What MFD_NOEXEC_SEAL sets.
 _F_SEAL_EXEC = 0x20
@@ -67,16 +65,6 @@ def punch_hole(fd: int, start: int, length: int) -> None:
 def become_subreaper() -> None:
     """Make orphaned descendants ours to wait for."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def same_open_file(first: int, second: int) -> bool | None:
-    """Tell whether two of our descriptors are one open file; `None` where the kernel cannot say."""
-    number = _KCMP_NUMBER.get(os.uname().machine)
-    if number is None:
-        return None
-    pid = os.getpid()
-    result = int(_libc.syscall(number, pid, pid, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(second)))
-    return None if result < 0 else result == 0
 
 
 def memfd(name: str) -> int:

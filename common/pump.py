@@ -17,17 +17,19 @@ Always true
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import select
 import time
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .descriptors import Handles
 from .transcript import Transcript
+
+if TYPE_CHECKING:
+    import asyncio
 
 # Bytes a splice may move.  A terminal yields 4 KiB at a time, and a splice from one allocates all the pages
 # asked for before it knows.

@@ -4,7 +4,8 @@
     exit      one end event, after the output is drained, with the aggregated output
 
 Both belong to a process, under the call id that started it.  They go on through a natural exit and a forced one,
-stop when the process is exported, and are aborted by prune, terminate-all and clean: then nothing is sent.
+stop when the process is exported, and are aborted by prune, terminate-all and `Forget`: then nothing is sent but,
+for the broker alone, that it has ended.
 """
 
 from __future__ import annotations
@@ -56,13 +57,8 @@ class Watch:
         self._send = send
         self._aborted = False
 
-    @property
-    def aborted(self) -> bool:
-        """Whether nothing will be sent any more."""
-        return self._aborted
-
     def abort(self) -> None:
-        """Say nothing from now on."""
+        """Say nothing from now on but that it has ended."""
         self._aborted = True
 
     def output(self, written: int, *, final: bool = False) -> None:

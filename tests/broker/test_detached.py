@@ -191,12 +191,6 @@ async def test_an_end_before_the_store_had_it_is_noticed(store: Store, children:
     assert (held.outcome, printed(held.transcript)) == (Outcome("exited", code=5), b"quick\r\n")
 
 
-async def test_only_a_threads_own_processes_are_its(store: Store, children: Any) -> None:
-    for thread, process_id in (("a", "1000"), ("b", "1000"), ("a", "2000")):
-        store.insert((thread, process_id), children.start(process_id, "/bin/cat", thread=thread))
-    assert [held.key for held in store.of_thread("a")] == [("a", "1000"), ("a", "2000")]
-
-
 async def test_typing_into_a_process_without_a_terminal_is_refused(store: Store, children: Any) -> None:
     handles = children.start("1000", "/bin/cat")
     handles.close_role("inlet_read")

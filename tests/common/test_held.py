@@ -168,8 +168,6 @@ async def test_a_process_without_a_terminal_takes_no_input(children: Children, h
     held = hold(children.start("/bin/sleep", "1000", tty=False))
     with pytest.raises(StdinClosed, match="rerun the command with tty=true"):
         await held.type(b"x", soon())
-    with pytest.raises(StdinClosed, match="tty=true"):
-        held.resize(80, 24)
 
 
 async def test_a_line_that_the_terminal_would_cut_is_warned_of(children: Children, hold: Hold) -> None:
