@@ -1,4 +1,4 @@
-"""`outlive`: the command line.  Each command is a thin dress over the method of the same name in the Python API.
+"""`outlive`: the command line.  Each command is a thin dress over methods of the Python API.
 
 Always true
     Standard output is data, standard error is messages, one line each; no traceback for a foreseeable mistake.

@@ -118,7 +118,7 @@ def _pidfd() -> Finding:
     if wrong := _tried(test):
         meaning = "processes cannot be waited for or signalled safely; nothing can be started"
         return Finding(
-            "pidfd", "broken", wrong, meaning, "use Linux 5.3 or newer, outside a sandbox that forbids it"
+            "pidfd", "broken", wrong, meaning, "use Linux 5.4 or newer, outside a sandbox that forbids it"
         )
     return Finding("pidfd", "ok", "works", "a recycled process id is never mistaken for ours")
 
