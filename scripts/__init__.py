@@ -1,11 +1,25 @@
 """Everything a person runs.
 
-    cli      `outlive`, the command line; its header names the modules that it is made of.
-    demo     the main job on real input, told as a story; checks each of its claims.
-    home     an OUTLIVE_HOME for one run of the next two, emptied and removed at its end.
-    flood    a child that floods numbered lines, and what must then be in its transcript.
-    chaos    random deaths under flood; prints what was lost, which must be nothing.
-    bench    speed and memory, as ratios against baselines measured in the same run.
+Read in this order; each program stands after what it is made of.
+    arguments    what the words of the command line stand for, and shell completion.
+    rendering    how results leave the command line.
+    frame        what all commands share.
+    tools        the commands exec and write.
+    doctor       the checks of `outlive doctor`.
+    views        the commands that look, and change nothing.
+    orders       the commands that change something.
+    cli          `outlive`, the command line.
+
+    home         an OUTLIVE_HOME for one run of the next three programs, emptied and removed at its end.
+    demo         the main job on real input, told as a story; checks each of its claims.
+    flood        a child that floods numbered lines, and what must then be in its transcript.
+    chaos        random deaths under flood; prints what was lost, which must be nothing.
+    baselines    what outlive is compared with: a C reader, a bare spawn, a bare descriptor.
+    measurement  what a measurement is given, and the lines of the result.
+    flooded      measures drain, and calls, under flood.
+    latency      measures how long a caller waits.
+    footprint    measures memory and wake-ups.
+    bench        all measurements, as ratios against the baselines: a table, or JSON.
 
 The files without an ending set everything up and then run the module of the same name; `setup`, `test` and
 `check` are for developers.
