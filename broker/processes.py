@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ from .peers import Peer
 WRITES_MAX = 64
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
+# Milliseconds that the kernel may take to execute a program: microseconds, unless it comes from a slow disk.
+_EXECUTES_WITHIN = 50
 
 
 class World(Protocol):
@@ -285,7 +288,7 @@ class Processes(ABC):
         if transcript is None or live is None or not live.started:
             self.move(entry, Event.NEVER_RAN)
             return
-        pidfd = _find(live.pid, transcript.facts.mark)
+        pidfd = _find(live.pid, transcript)
         if pidfd is None:
             self.move(entry, Event.VANISHED)
         else:
@@ -404,14 +407,37 @@ class Processes(ABC):
         self._writer.shutdown()
 
 
-def _find(pid: int, mark: str) -> int | None:
-    """Return a pidfd of the process `pid` if it carries the mark, so that a recycled pid is not taken for it."""
+def _find(pid: int, transcript: Transcript) -> int | None:
+    """Return a pidfd of the process `pid` if it is the transcript's, so that a recycled pid is not taken for it.
+
+    It carries the mark in its environment; before it has executed its program, it holds the transcript.  While the
+    kernel executes the program it has neither, and an empty environment, for a moment.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except (ProcessLookupError, OSError):
         return None
-    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-        if MARK + b"=" + mark.encode() in file.read().split(b"\0"):
+    mark = MARK + b"=" + transcript.facts.mark.encode()
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    for _ in range(_EXECUTES_WITHIN):
+        environment = b""
+        with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            environment = file.read()
+        if mark in environment.split(b"\0") or _holds(pid, transcript.fd):
             return pidfd
+        if environment or ended.poll(1):  # somebody else's, or too late
+            break
     os.close(pidfd)
     return None
+
+
+def _holds(pid: int, file: int) -> bool:
+    """Tell whether a process has a file open that we have open, too."""
+    wanted = os.fstat(file)
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{name}"), wanted):
+                    return True
+    return False

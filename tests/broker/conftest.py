@@ -70,13 +70,20 @@ class Children:
         handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         return handles
 
-    def late(self, early: Handles, *argv: str) -> Handles:
-        """Start `argv` on a terminal; return what a spawner deposits after the fork."""
+    def late(self, early: Handles, *argv: str, executed: bool = True) -> Handles:
+        """Start `argv` on a terminal; return what a spawner deposits after the fork.
+
+        Not `executed`: like a forked child before it executes its program, with the transcript, without the mark.
+        """
         transcript = Transcript(early.transcript)
         terminal, slave = os.openpty()
         os.set_blocking(terminal, False)
-        environment = {**os.environb, launch.MARK: transcript.facts.mark.encode()}
+        environment = dict(os.environb)
         files = [(os.POSIX_SPAWN_DUP2, slave, number) for number in range(3)]
+        if executed:
+            environment[launch.MARK] = transcript.facts.mark.encode()
+        else:
+            files.append((os.POSIX_SPAWN_DUP2, early.transcript, 3))
         pid = os.posix_spawn(argv[0], argv, environment, file_actions=files, setsid=True)
         os.close(slave)
         self._pids.append(pid)

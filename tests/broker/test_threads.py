@@ -239,6 +239,20 @@ async def test_a_start_with_the_mark_whose_process_lives_is_found(stage: Stage, 
     await stage.ended("1000")
 
 
+async def test_a_start_with_the_mark_that_has_not_executed_its_program_yet_is_found(stage: Stage) -> None:
+    await stage.wake()
+    early = stage.children.early("1000")
+    late = stage.children.late(early, "/bin/sleep", "1000", executed=False)
+    stage.deposit(early, "1000")
+    early.close()
+    stage.die(spawner_too=True)
+    entry = stage.entry("1000")
+    assert (entry.state, entry.custody.holder) == (State.DETACHED, Holder.BROKER)
+    signal.pidfd_send_signal(late.pidfd, signal.SIGKILL)
+    late.close()
+    await stage.ended("1000")
+
+
 async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps_its_output(stage: Stage) -> None:
     await stage.wake()
     early = stage.children.early("1000")
