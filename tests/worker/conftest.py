@@ -52,6 +52,12 @@ async def readable(pidfd: int) -> None:
     os.close(copy)
 
 
+async def more(held: Held) -> None:
+    """Wait until there is more output."""
+    await held.until_output(held.pump.written, FOREVER)
+    await asyncio.sleep(0)  # of a closed one there is none: a test that has timed out must be cancellable here
+
+
 class Family:
     """A nursery driven by hand: starts commands, waits for their ends, and leaves nothing behind."""
 
@@ -101,7 +107,7 @@ class Family:
         """Wait until `text` was printed; return everything printed."""
         while text not in printed(held.transcript):
             assert not held.ended, printed(held.transcript)
-            await held.until_output(held.pump.written, FOREVER)
+            await more(held)
         return printed(held.transcript)
 
     async def close(self) -> None:
@@ -177,7 +183,7 @@ class Desk:
         await held.type(chars, FOREVER)
         while wanted not in (text := printed(held.transcript)[before:]):
             assert not held.ended, text
-            await held.until_output(held.pump.written, FOREVER)
+            await more(held)
         return text
 
     async def until(self, process_id: str, wanted: bytes) -> bytes:
@@ -185,7 +191,7 @@ class Desk:
         held = self.held(process_id)
         while wanted not in (text := printed(held.transcript)):
             assert not held.ended, text
-            await held.until_output(held.pump.written, FOREVER)
+            await more(held)
         return text
 
     def ends(self) -> list[Ended]:
