@@ -25,6 +25,9 @@ from ..common.response import Response, chunk_id, clip, output, tokens
 from ..common.transcript import Gap, Transcript
 
 FORMAT = 1
+# Calls of a thread that are remembered, also when their processes have expired: what comes again is answered, not
+# started again.
+CALLS_REMEMBERED = 10_000
 
 
 @dataclass(slots=True)
@@ -80,7 +83,8 @@ class Record:
 class ThreadArchive:
     """The archive of one thread.
 
-    `ids`: every id the thread has used.  `calls`: call id → process id of those archived by this broker.
+    `ids`: every id the thread has used.  `calls`: call id → process id of the last ones archived by this broker,
+    expired or not.
     """
 
     def __init__(
@@ -108,8 +112,8 @@ class ThreadArchive:
                 found.append((entry.stat().st_mtime, entry.name))
             elif entry.name.startswith("."):
                 os.unlink(entry.path)  # the draft of a broker that was killed meanwhile
-        # id → (when it was archived, its call if we know it); oldest first.
-        self._files: dict[str, tuple[float, str]] = {name: (at, "") for at, name in sorted(found)}
+        # id → when it was archived; oldest first.
+        self._files: dict[str, float] = {name: at for at, name in sorted(found)}
         self._unwritten: dict[str, Record] = {}
         self.ids = self._read_ids() | set(self._files)
 
@@ -141,8 +145,10 @@ class ThreadArchive:
         ranges = [(at, at + len(data)) for at, data in kept]
         record = Record(row, written, ranges, b"".join(data for _, data in kept))
         self._unwritten[process_id] = record
-        self._files[process_id] = time.time(), row["call_id"]
+        self._files[process_id] = time.time()
         self.calls[row["call_id"]] = process_id
+        if len(self.calls) > CALLS_REMEMBERED:
+            del self.calls[next(iter(self.calls))]
         self._later(partial(self._write, process_id, record))
         self.expire()
 
@@ -161,11 +167,9 @@ class ThreadArchive:
         oldest = time.time() - self._keep_s
         while self._files:
             process_id = next(iter(self._files))
-            at, call_id = self._files[process_id]
-            if at >= oldest and len(self._files) <= self._keep_count:
+            if self._files[process_id] >= oldest and len(self._files) <= self._keep_count:
                 return
             del self._files[process_id]
-            self.calls.pop(call_id, None)
             self._unwritten.pop(process_id, None)
             self._later(partial((self._ended / process_id).unlink, missing_ok=True))
 

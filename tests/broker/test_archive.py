@@ -111,7 +111,6 @@ def test_the_oldest_make_room_and_answer_expired(tmp_path: Path, children: Any) 
     assert len(archive) == 3
     with pytest.raises(ExpiredProcess):
         archive.get("4000")
-    assert archive.calls == {f"call-{id}": id for id in ("3000", "2000", "1000")}
     assert sorted(os.listdir(tmp_path / "t/ended")) == ["1000", "2000", "3000"]
 
 
@@ -251,3 +250,13 @@ def test_the_first_line_of_a_file_is_what_ps_shows(tmp_path: Path, children: Any
     line, _, data = (tmp_path / "t/ended/1234").read_bytes().partition(b"\n")
     assert json.loads(line) == {"format": 1, "row": row_of("1234"), "written": 3, "ranges": [[0, 3]]}
     assert data == b"abc"
+
+
+def test_a_call_is_remembered_when_its_process_has_expired(tmp_path: Path, children: Any) -> None:
+    archive = archive_in(tmp_path / "t", count=1)
+    for process_id in ("1000", "1001"):
+        archive.use(process_id)
+        archive.keep(row_of(process_id), children.transcript(process_id, b""))
+    assert archive.calls["call-1000"] == "1000"
+    with pytest.raises(ExpiredProcess):
+        archive.get(archive.calls["call-1000"])
