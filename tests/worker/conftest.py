@@ -160,10 +160,15 @@ class Desk:
         }
         return await self.manager.exec_command(ExecCommand(**call))
 
-    async def start(self, cmd: str | list[bytes], **fields: Any) -> str:
-        """Start a command that stays; return its id."""
+    async def start(self, cmd: str | list[bytes], *, shown: bytes = b"", **fields: Any) -> str:
+        """Start a command that stays, and return its id once it has printed `shown` and that was delivered."""
         response = await self.run(cmd, ms=250, **fields)
         assert response.session_id is not None, response.text()
+        if shown:
+            held = self.held(response.process_id)
+            while shown not in printed(held.transcript):
+                await more(held)
+            held.answer(0.0, 0)
         return response.process_id
 
     async def write(self, process_id: str, chars: bytes = b"", ms: int = 250, **fields: Any) -> Response:

@@ -74,7 +74,7 @@ async def test_five_handoffs_in_a_row_lose_and_repeat_nothing(house: Any) -> Non
 
 async def test_what_is_printed_and_ends_in_between_is_there_afterwards(house: Any) -> None:
     old, new = house.desk(1), house.desk(2)
-    one = await old.start("stty -echo; echo before; read go; echo meanwhile; exit 3", tty=True)
+    one = await old.start("stty -echo; echo before; read go; echo meanwhile; exit 3", tty=True, shown=b"before\r\n")
     two = await old.start(SLEEP)
     copies = old.copies()
     await old.manager.export_processes()

@@ -124,7 +124,7 @@ async def test_ctrl_c_ends_the_foreground_program_and_not_the_shell(house: Any) 
 
 async def test_reading_output_delivers_nothing(house: Any) -> None:
     desk = house.desk()
-    process_id = await desk.start("echo one; read go; echo two", tty=True)
+    process_id = await desk.start("echo one; read go; echo two", tty=True, shown=b"one\r\n")
     read = ReadOutput(thread="t", process_id=process_id, offset=5, wait_ms=60_000)
     waiting = asyncio.create_task(desk.manager.read_output(read))
     await desk.held(process_id).type(b"\n", FOREVER)
