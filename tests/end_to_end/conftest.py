@@ -224,6 +224,8 @@ async def home(home_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     for name in ("OUTLIVE_THREAD", "OUTLIVE_PROCESS", "OUTLIVE_MARK", "OUTLIVE_ROLE", "OUTLIVE_LIMITS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OUTLIVE_HOME", str(home_path))
+    # Commands run in a login shell: whatever a person's own profile says and does is not for us.
+    monkeypatch.setenv("HOME", str(home_path))
     monkeypatch.setenv("SHELL", "/bin/sh")
     monkeypatch.chdir(home_path.parent)
     home = Home(home_path)

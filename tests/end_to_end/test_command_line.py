@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Home:
         self.path = path
         self.environment = {n: v for n, v in os.environ.items() if not n.startswith("OUTLIVE_")}
         self.environment["OUTLIVE_HOME"] = str(path)
+        # Commands run in a login shell: whatever a person's own profile says and does is not for us.
+        self.environment.update(HOME=str(path), SHELL="/bin/sh")
 
     def run(self, *words: str | bytes, input: bytes = b"", **settings: Any) -> subprocess.CompletedProcess[bytes]:
         """Run `outlive WORDS` to its end."""
@@ -77,9 +79,9 @@ class Home:
         return found
 
 
-@pytest.fixture
-def cli_home() -> Iterator[Home]:
-    """A home of its own, whose broker is ended afterwards with all it has started: nothing may be left."""
+@contextmanager
+def a_home() -> Iterator[Home]:
+    """Give a home whose broker is ended afterwards with all it has started: nothing may be left."""
     with tempfile.TemporaryDirectory(prefix="cli-") as folder:
         home = Home(Path(folder))
         yield home
@@ -87,15 +89,33 @@ def cli_home() -> Iterator[Home]:
             return
         done = home.run("down", "--force")
         assert done.returncode == 0, done.stderr
-        deadline = time.monotonic() + 5
-        while (
-            left := home.processes()
-        ) and time.monotonic() < deadline:  # they were told, and are not our children
+        deadline = time.monotonic() + PATIENCE  # they were told, and are not our children
+        while (left := home.processes()) and time.monotonic() < deadline:
             time.sleep(0.01)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert not left
+
+
+@pytest.fixture
+def cli_home() -> Iterator[Home]:
+    """A home of its own."""
+    with a_home() as home:
+        yield home
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Home]:
+    """A home whose broker serves all tests that ask only for what they have started themselves."""
+    with a_home() as home:
+        yield home
+
+
+@pytest.fixture
+def shared_home(broker: Home) -> Home:
+    """That home, with an environment of its own."""
+    return Home(broker.path)
 
 
 def one_line(message: bytes) -> str:
@@ -163,7 +183,7 @@ def test_a_mistake_is_told_in_one_line_and_starts_nothing(
     assert not (cli_home.path / "run").exists()
 
 
-def test_mistakes_that_the_broker_finds_are_told_in_one_line(cli_home: Home) -> None:
+def test_mistakes_that_the_broker_finds_are_told_in_one_line(shared_home: Home) -> None:
     for words, told in [
         (["logs", "1234"], "default"),
         (["wait", "nobody/1234"], "nobody"),
@@ -172,7 +192,7 @@ def test_mistakes_that_the_broker_finds_are_told_in_one_line(cli_home: Home) -> 
         (["exec", "--", "no-such-program"], "no-such-program"),
         (["exec", "-w", "/no/such/folder", "--", "ls"], "/no/such/folder"),
     ]:
-        done = cli_home.run(*words)
+        done = shared_home.run(*words)
         assert done.returncode == 1, words
         assert told in one_line(done.stderr)
 
@@ -188,8 +208,8 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_line(cli_home: Home) -> Non
 # The two tools.
 
 
-def test_exec_returns_the_result_of_the_contract(cli_home: Home) -> None:
-    result = cli_home.json("exec", "-t", "build", "--", "sh", "-c", "echo hello; exit 3")
+def test_exec_returns_the_result_of_the_contract(shared_home: Home) -> None:
+    result = shared_home.json("exec", "-t", "build", "--", "sh", "-c", "echo hello; exit 3")
     assert result["thread"] == "build"
     assert result["output"] == "hello\n"
     assert result["outcome"] == {"kind": "exited", "code": 3}
@@ -198,8 +218,8 @@ def test_exec_returns_the_result_of_the_contract(cli_home: Home) -> None:
     assert 1000 <= int(result["process_id"]) <= 99999
 
 
-def test_exec_prints_the_text_that_models_know_and_exits_0_whatever_the_child_did(cli_home: Home) -> None:
-    done = cli_home.run("exec", "--", "sh", "-c", "echo hello; kill -9 $$")
+def test_exec_prints_the_text_that_models_know_and_exits_0_whatever_the_child_did(shared_home: Home) -> None:
+    done = shared_home.run("exec", "--", "sh", "-c", "echo hello; kill -9 $$")
     assert done.returncode == 0
     assert re.fullmatch(
         rb"Chunk ID: [0-9a-f]{6}\nWall time: [0-9.]+ seconds\nProcess ended by signal 9 \(SIGKILL\)\n"
@@ -209,21 +229,21 @@ def test_exec_prints_the_text_that_models_know_and_exits_0_whatever_the_child_di
     assert done.stderr == b""
 
 
-def test_one_word_with_spaces_is_for_the_shell_and_several_are_an_argv(cli_home: Home) -> None:
-    assert cli_home.json("exec", "--", "echo one | tr n N")["output"] == "oNe\n"
-    assert cli_home.json("exec", "--", "echo", "one | tr n N")["output"] == "one | tr n N\n"
-    assert cli_home.json("exec", "echo", "--json", "--")["output"] == "--json --\n"
-    assert cli_home.json("exec", "--", "true")["outcome"] == {"kind": "exited", "code": 0}
+def test_one_word_with_spaces_is_for_the_shell_and_several_are_an_argv(shared_home: Home) -> None:
+    assert shared_home.json("exec", "--", "echo one | tr n N")["output"] == "oNe\n"
+    assert shared_home.json("exec", "--", "echo", "one | tr n N")["output"] == "one | tr n N\n"
+    assert shared_home.json("exec", "echo", "--json", "--")["output"] == "--json --\n"
+    assert shared_home.json("exec", "--", "true")["outcome"] == {"kind": "exited", "code": 0}
 
 
 def test_exec_runs_in_the_callers_directory_and_environment_unless_told_otherwise(
-    cli_home: Home, tmp_path: Path
+    shared_home: Home, tmp_path: Path
 ) -> None:
     (tmp_path / "sub").mkdir()
-    cli_home.environment["COLOUR"] = "red"
+    shared_home.environment["COLOUR"] = "red"
     show = "pwd; echo $COLOUR"
-    assert cli_home.json("exec", "--", show, cwd=tmp_path)["output"] == f"{tmp_path}\nred\n"
-    changed = cli_home.json("exec", "-w", "sub", "-e", "COLOUR=a=b", "--", show, cwd=tmp_path)
+    assert shared_home.json("exec", "--", show, cwd=tmp_path)["output"] == f"{tmp_path}\nred\n"
+    changed = shared_home.json("exec", "-w", "sub", "-e", "COLOUR=a=b", "--", show, cwd=tmp_path)
     assert changed["output"] == f"{tmp_path}/sub\na=b\n"
 
 
@@ -248,45 +268,45 @@ def test_words_that_are_not_utf8_reach_the_program_and_do_not_silence_the_broker
     assert first["process_id"] == again["process_id"]
 
 
-def test_a_terminal_has_the_size_it_was_given_and_can_be_resized(cli_home: Home) -> None:
-    process_id = cli_home.shell("--size", "100x40")
-    assert "40 100" in cli_home.json("write", process_id, "stty size", "--enter")["output"]
-    assert cli_home.json("resize", process_id, "120x50")["columns"] == 120
-    assert "50 120" in cli_home.json("write", process_id, "stty size", "--enter")["output"]
+def test_a_terminal_has_the_size_it_was_given_and_can_be_resized(shared_home: Home) -> None:
+    process_id = shared_home.shell("--size", "100x40")
+    assert "40 100" in shared_home.json("write", process_id, "stty size", "--enter")["output"]
+    assert shared_home.json("resize", process_id, "120x50")["columns"] == 120
+    assert "50 120" in shared_home.json("write", process_id, "stty size", "--enter")["output"]
 
 
-def test_keys_do_what_they_do_on_a_keyboard(cli_home: Home) -> None:
-    process_id = cli_home.shell()
-    cli_home.json("write", process_id, "trap 'echo interrupted' INT; echo started; sleep 100", "--enter")
-    assert "interrupted" in cli_home.json("write", process_id, "--key", "ctrl-c", "--yield-ms", "500")["output"]
-    typed = cli_home.json("write", process_id, "echo ab", "--key", "backspace", "--key", "Enter")
+def test_keys_do_what_they_do_on_a_keyboard(shared_home: Home) -> None:
+    process_id = shared_home.shell()
+    shared_home.json("write", process_id, "trap 'echo interrupted' INT; echo started; sleep 100", "--enter")
+    assert "interrupted" in shared_home.json("write", process_id, "--key", "ctrl-c", "--yield-ms", "500")["output"]
+    typed = shared_home.json("write", process_id, "echo ab", "--key", "backspace", "--key", "Enter")
     assert typed["output"].endswith("a\r\n")
-    ended = cli_home.json("write", process_id, "--key", "ctrl-d", "--yield-ms", "5000")
+    ended = shared_home.json("write", process_id, "--key", "ctrl-d", "--yield-ms", "5000")
     assert ended["outcome"]["kind"] == "exited"
 
 
-def test_input_of_any_bytes_and_any_length_arrives_whole(cli_home: Home, tmp_path: Path) -> None:
+def test_input_of_any_bytes_and_any_length_arrives_whole(shared_home: Home, tmp_path: Path) -> None:
     data = bytes(range(256)) * 10_000  # more than two calls take
     received = tmp_path / "received"
     script = f"stty raw -echo; echo ready; head -c {len(data)} > {received}"
-    process_id = cli_home.exec(script, options=("--tty", "--yield-ms", "1000"))["process_id"]
-    result = cli_home.json("write", process_id, "--stdin", "--yield-ms", "30000", input=data)
+    process_id = shared_home.exec(script, options=("--tty", "--yield-ms", "1000"))["process_id"]
+    result = shared_home.json("write", process_id, "--stdin", "--yield-ms", "30000", input=data)
     assert result["typed"] == len(data)
     assert result["outcome"] == {"kind": "exited", "code": 0}
     assert received.read_bytes() == data
 
 
-def test_what_a_process_that_ended_did_not_take_is_told(cli_home: Home) -> None:
+def test_what_a_process_that_ended_did_not_take_is_told(shared_home: Home) -> None:
     script = "stty raw -echo; echo ready; head -c 10 >/dev/null"
-    process_id = cli_home.exec(script, options=("--tty", "--yield-ms", "1000"))["process_id"]
-    done = cli_home.run("write", process_id, "--stdin", input=b"x" * 3_000_000)
+    process_id = shared_home.exec(script, options=("--tty", "--yield-ms", "1000"))["process_id"]
+    done = shared_home.run("write", process_id, "--stdin", input=b"x" * 3_000_000)
     assert done.returncode == 0
     assert "has ended after" in one_line(done.stderr)
 
 
-def test_a_process_on_pipes_takes_no_input(cli_home: Home) -> None:
-    process_id = cli_home.exec("sleep", "100")["process_id"]
-    done = cli_home.run("write", process_id, "x")
+def test_a_process_on_pipes_takes_no_input(shared_home: Home) -> None:
+    process_id = shared_home.exec("sleep", "100")["process_id"]
+    done = shared_home.run("write", process_id, "x")
     assert done.returncode == 1
     assert "tty" in one_line(done.stderr)
 
@@ -354,36 +374,36 @@ def test_a_table_on_a_terminal_fits_into_it(cli_home: Home) -> None:
     assert "attached" in lines[1]
 
 
-def test_raw_logs_are_the_bytes_and_nothing_else(cli_home: Home) -> None:
-    process_id = cli_home.json("exec", "--", r"printf 'a\377\000b'")["process_id"]
-    done = cli_home.run("logs", "--raw", process_id)
+def test_raw_logs_are_the_bytes_and_nothing_else(shared_home: Home) -> None:
+    process_id = shared_home.json("exec", "--", r"printf 'a\377\000b'")["process_id"]
+    done = shared_home.run("logs", "--raw", process_id)
     assert (done.stdout, done.stderr, done.returncode) == (b"a\xff\0b", b"", 0)
-    assert cli_home.run("logs", "--raw", "--since", "3", process_id).stdout == b"b"
-    assert cli_home.run("logs", process_id).stdout == "a\ufffd\0b".encode()
+    assert shared_home.run("logs", "--raw", "--since", "3", process_id).stdout == b"b"
+    assert shared_home.run("logs", process_id).stdout == "a\ufffd\0b".encode()
 
 
-def test_a_gap_is_told_where_it_does_no_harm(cli_home: Home) -> None:
+def test_a_gap_is_told_where_it_does_no_harm(shared_home: Home) -> None:
     size = 3_000_000
-    process_id = cli_home.json("exec", "--", f"yes | head -c {size}")["process_id"]
-    raw = cli_home.run("logs", "--raw", process_id)
+    process_id = shared_home.json("exec", "--", f"yes | head -c {size}")["process_id"]
+    raw = shared_home.run("logs", "--raw", process_id)
     gaps = re.findall(r"gap: (\d+) bytes", raw.stderr.decode())
     assert gaps
     assert len(raw.stdout) + sum(map(int, gaps)) == size
     assert set(raw.stdout) == set(b"y\n")
-    assert b"are not kept]" in cli_home.run("logs", process_id).stdout
-    told = cli_home.json("logs", process_id)
+    assert b"are not kept]" in shared_home.run("logs", process_id).stdout
+    told = shared_home.json("logs", process_id)
     assert len(told["output"]) + sum(gap["to"] - gap["from"] for gap in told["gaps"]) == size
     assert told["outcome"] == {"kind": "exited", "code": 0}
 
 
-def test_followed_logs_go_on_to_the_end(cli_home: Home) -> None:
-    process_id = cli_home.shell()
-    raw = cli_home.start("logs", "-f", "--raw", process_id)
-    lines = cli_home.start("logs", "-f", "--json", process_id)
+def test_followed_logs_go_on_to_the_end(shared_home: Home) -> None:
+    process_id = shared_home.shell()
+    raw = shared_home.start("logs", "-f", "--raw", process_id)
+    lines = shared_home.start("logs", "-f", "--json", process_id)
     assert raw.stdout is not None
-    cli_home.json("write", process_id, "printf 'caf\\303'", "--enter")
+    shared_home.json("write", process_id, "printf 'caf\\303'", "--enter")
     assert raw.stdout.read(4) == b"caf\xc3"  # it is there before the end
-    cli_home.json("write", process_id, "printf '\\251'; exit 4", "--enter", "--yield-ms", "5000")
+    shared_home.json("write", process_id, "printf '\\251'; exit 4", "--enter", "--yield-ms", "5000")
     assert raw.communicate(timeout=PATIENCE)[0] == b"\xa9"
     told = [json.loads(line) for line in lines.communicate(timeout=PATIENCE)[0].splitlines()]
     assert "".join(line.get("output", "") for line in told) == "café"
@@ -392,9 +412,9 @@ def test_followed_logs_go_on_to_the_end(cli_home: Home) -> None:
 
 
 @pytest.mark.parametrize("words", [["logs", "-f"], ["wait"]], ids=lambda words: words[0])
-def test_a_reader_who_leaves_ends_what_was_waiting(cli_home: Home, words: list[str]) -> None:
-    process_id = cli_home.shell()
-    waiting = cli_home.start(*words, process_id)
+def test_a_reader_who_leaves_ends_what_was_waiting(shared_home: Home, words: list[str]) -> None:
+    process_id = shared_home.shell()
+    waiting = shared_home.start(*words, process_id)
     assert waiting.stdout is not None
     waiting.stdout.close()
     assert waiting.wait(PATIENCE) == 141
@@ -403,9 +423,9 @@ def test_a_reader_who_leaves_ends_what_was_waiting(cli_home: Home, words: list[s
     waiting.stderr.close()
 
 
-def test_a_reader_who_leaves_early_is_no_error_message(cli_home: Home) -> None:
-    process_id = cli_home.json("exec", "--", "yes | head -c 900000")["process_id"]
-    showing = cli_home.start("logs", process_id)
+def test_a_reader_who_leaves_early_is_no_error_message(shared_home: Home) -> None:
+    process_id = shared_home.json("exec", "--", "yes | head -c 900000")["process_id"]
+    showing = shared_home.start("logs", process_id)
     assert showing.stdout is not None
     assert showing.stdout.read(2) == b"y\n"
     showing.stdout.close()
@@ -415,22 +435,22 @@ def test_a_reader_who_leaves_early_is_no_error_message(cli_home: Home) -> None:
     showing.stderr.close()
 
 
-def test_standard_output_that_cannot_be_written_is_told_in_one_line(cli_home: Home) -> None:
+def test_standard_output_that_cannot_be_written_is_told_in_one_line(shared_home: Home) -> None:
     with open("/dev/full", "wb") as full:
-        done = cli_home.run("ps", "--json", stdout=full)
+        done = shared_home.run("ps", "--json", stdout=full)
     assert done.returncode == 1
     assert "standard output" in one_line(done.stderr)
     closed = subprocess.run(
-        ["sh", "-c", f"exec {OUTLIVE} ps --json >&-"], env=cli_home.environment, stderr=subprocess.PIPE
+        ["sh", "-c", f"exec {OUTLIVE} ps --json >&-"], env=shared_home.environment, stderr=subprocess.PIPE
     )
     assert closed.returncode == 1
     assert "standard output" in one_line(closed.stderr)
 
 
 @pytest.mark.parametrize(("script", "status"), [("exit 7", 7), ("kill -9 $$", 137), ("true", 0)])
-def test_wait_of_one_passes_its_exit_code_on(cli_home: Home, script: str, status: int) -> None:
-    result = cli_home.json("exec", "--", "sh", "-c", script)
-    done = cli_home.run("wait", "--json", f"default/{result['process_id']}")
+def test_wait_of_one_passes_its_exit_code_on(shared_home: Home, script: str, status: int) -> None:
+    result = shared_home.json("exec", "--", "sh", "-c", script)
+    done = shared_home.run("wait", "--json", f"default/{result['process_id']}")
     assert done.returncode == status
     assert json.loads(done.stdout) == {
         "thread": "default",
@@ -438,29 +458,29 @@ def test_wait_of_one_passes_its_exit_code_on(cli_home: Home, script: str, status
         "outcome": result["outcome"],
     }
     # What has ended needs no time.
-    assert cli_home.run("wait", "--timeout", "0", result["process_id"]).returncode == status
+    assert shared_home.run("wait", "--timeout", "0", result["process_id"]).returncode == status
 
 
-def test_wait_of_several_tells_each_end_in_a_line_and_exits_0(cli_home: Home) -> None:
-    first = cli_home.shell("-t", "a")
-    second = cli_home.shell("-t", "b")
-    waiting = cli_home.start("wait", "--json", f"a/{first}", f"b/{second}")
+def test_wait_of_several_tells_each_end_in_a_line_and_exits_0(shared_home: Home) -> None:
+    first = shared_home.shell("-t", "a")
+    second = shared_home.shell("-t", "b")
+    waiting = shared_home.start("wait", "--json", f"a/{first}", f"b/{second}")
     assert waiting.stdout is not None
-    cli_home.run("write", f"b/{second}", "exit 2", "--enter")
+    shared_home.run("write", f"b/{second}", "exit 2", "--enter")
     assert json.loads(waiting.stdout.readline())["thread"] == "b"
-    cli_home.run("write", f"a/{first}", "exit 1", "--enter")
+    shared_home.run("write", f"a/{first}", "exit 1", "--enter")
     rest, _ = waiting.communicate(timeout=PATIENCE)
     assert json.loads(rest) == {"thread": "a", "process_id": first, "outcome": {"kind": "exited", "code": 1}}
     assert waiting.returncode == 0
 
 
-def test_wait_that_times_out_exits_124(cli_home: Home) -> None:
-    live = cli_home.exec("sleep", "100")["process_id"]
-    ended = cli_home.json("exec", "--", "true")["process_id"]
-    alone = cli_home.run("wait", "--timeout", "0.1", live)
+def test_wait_that_times_out_exits_124(shared_home: Home) -> None:
+    live = shared_home.exec("sleep", "100")["process_id"]
+    ended = shared_home.json("exec", "--", "true")["process_id"]
+    alone = shared_home.run("wait", "--timeout", "0.1", live)
     assert (alone.returncode, alone.stdout) == (124, b"")
     assert live in one_line(alone.stderr)
-    both = cli_home.run("wait", "--timeout", "0.1", "--json", live, ended)
+    both = shared_home.run("wait", "--timeout", "0.1", "--json", live, ended)
     assert both.returncode == 124
     assert json.loads(both.stdout)["process_id"] == ended
 
@@ -528,23 +548,23 @@ def test_doctor_starts_no_broker_and_names_what_is_broken(cli_home: Home) -> Non
 # Acting.
 
 
-def test_kill_signals_and_escalates_only_when_asked(cli_home: Home) -> None:
+def test_kill_signals_and_escalates_only_when_asked(shared_home: Home) -> None:
     script = "trap '' TERM; echo ready; while :; do sleep 1; done"
-    process_id = cli_home.exec("sh", "-c", script)["process_id"]
-    assert cli_home.json("kill", process_id)[0]["signal"] == 15
-    assert cli_home.run("wait", "--timeout", "0.2", process_id).returncode == 124
-    assert cli_home.json("kill", process_id, "--after", "0.2")[0]["signalled"] >= 1
-    done = cli_home.run("wait", "--json", process_id)
+    process_id = shared_home.exec("sh", "-c", script)["process_id"]
+    assert shared_home.json("kill", process_id)[0]["signal"] == 15
+    assert shared_home.run("wait", "--timeout", "0.2", process_id).returncode == 124
+    assert shared_home.json("kill", process_id, "--after", "0.2")[0]["signalled"] >= 1
+    done = shared_home.run("wait", "--json", process_id)
     assert done.returncode == 137
     assert json.loads(done.stdout)["outcome"] == {"kind": "signaled", "signal": 9, "by": "caller"}
-    assert cli_home.json("kill", process_id)[0]["signalled"] == 0
+    assert shared_home.json("kill", process_id)[0]["signalled"] == 0
 
 
-def test_kill_foreground_leaves_the_shell_alone(cli_home: Home) -> None:
-    process_id = cli_home.exec("bash --norc -i", options=("--tty",))["process_id"]
-    cli_home.json("write", process_id, "echo st''arted; sleep 100; echo st''atus=$?", "--enter")
-    cli_home.run("kill", "-s", "int", "--foreground", process_id)
-    again = cli_home.json("write", process_id, "echo still=$((1+1))", "--enter", "--yield-ms", "500")
+def test_kill_foreground_leaves_the_shell_alone(shared_home: Home) -> None:
+    process_id = shared_home.exec("bash --norc -i", options=("--tty",))["process_id"]
+    shared_home.json("write", process_id, "echo st''arted; sleep 100; echo st''atus=$?", "--enter")
+    shared_home.run("kill", "-s", "int", "--foreground", process_id)
+    again = shared_home.json("write", process_id, "echo still=$((1+1))", "--enter", "--yield-ms", "500")
     assert "still=2" in again["output"]
     assert again["outcome"] is None
 
