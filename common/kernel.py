@@ -18,9 +18,11 @@ import time
 from functools import cache
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl  # looked up before any fork
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MFD_NOEXEC_SEAL = 0x08
 # What MFD_NOEXEC_SEAL sets.
@@ -64,7 +66,18 @@ def punch_hole(fd: int, start: int, length: int) -> None:
 
 def become_subreaper() -> None:
     """Make orphaned descendants ours to wait for."""
-    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _check(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def die_with(parent: int) -> bool:
+    """Be killed by the kernel when our parent dies; false if `parent` is our parent no more."""
+    _check(_prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    return os.getppid() == parent
+
+
+def outlive_parent() -> None:
+    """Take `die_with` back."""
+    _check(_prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 
 
 def memfd(name: str) -> int:

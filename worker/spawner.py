@@ -14,6 +14,7 @@ worker's own channel to the broker, which it was given a copy of.
 Always true
     What exists before the fork is deposited before the fork, and the child says that it runs before it executes
     its program: whatever dies in between, the header tells whether the command may be started again.
+    A forked child that has not said so dies with its spawner.
     An outcome is recorded before its process is reaped.
     When the worker's end closes, the spawner finishes what it is doing and ends, so that its children are
     adopted by whoever can go on recording.
@@ -33,7 +34,7 @@ from typing import Any, ClassVar
 import msgpack
 import ptyprocess
 
-from ..common import ending, launch
+from ..common import ending, kernel, launch
 from ..common.channel import Channel, Packet, parcel_rows
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, OutliveError, PeerError, SpawnError
@@ -63,6 +64,8 @@ class _Command:
     transcript: int
     # Soft limits, as they were before we raised them.
     limits: dict[int, int]
+    # Our own pid.
+    spawner: int
 
 
 class _Pty(ptyprocess.PtyProcess):  # type: ignore[misc]
@@ -172,7 +175,7 @@ class Spawner:
                 handles.terminal, output_write = os.pipe()
                 os.set_blocking(handles.terminal, False)
             self._deposit(facts, handles.held(), strict=True)
-            command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits)
+            command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits, os.getpid())
             if facts.tty:
                 handles.terminal, pid = _fork_on_terminal(command)
             else:
@@ -292,6 +295,9 @@ def _close_all_but(*kept: int) -> None:
 def _become(command: _Command) -> None:
     """Turn the forked child into the command; raises `RuntimeError` with the stage and the reason."""
     facts = command.facts
+    # Until it says that it runs, it must not outlive us: the command would be started again beside it.
+    if not kernel.die_with(command.spawner):
+        os._exit(127)
     try:
         os.chdir(facts.cwd)
     except OSError as error:
@@ -302,6 +308,7 @@ def _become(command: _Command) -> None:
     except (OSError, ValueError) as error:
         raise RuntimeError(f"limits|{error}") from None
     mark_started(command.transcript, os.getpid())
+    kernel.outlive_parent()
     try:
         # A path needs no search, and the search is Python.
         execute = os.execve if b"/" in facts.argv[0] else os.execvpe

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from outlive.common import kernel, launch
 from outlive.common.errors import SpawnError
 from outlive.common.outcome import Outcome
 from outlive.common.transcript import Gap, Transcript
+
+from .conftest import readable
 
 
 def text(held: Any) -> bytes:
@@ -275,3 +278,45 @@ async def test_a_transcript_is_private_and_never_executable(family: Any) -> None
     assert stat.S_IMODE(found.st_mode) == 0o600
     assert kernel.is_sealed_memfd(held.transcript.fd)
     assert Transcript(held.transcript.fd).facts == held.transcript.facts
+
+
+# A spawner whose child says its pid and waits before it says that it runs: `FIRST SECOND NOTE TTY`, two named pipes,
+# and the file that the command makes.
+HALFWAY = """
+import os, sys
+from outlive.common.transcript import Facts, Lease, Transcript
+from outlive.worker import spawner
+
+first, second, note, tty = sys.argv[1:]
+
+class Waiting(dict):
+    def items(self):
+        with open(first, "w") as file:
+            file.write(str(os.getpid()))
+        open(second).read()
+        return ()
+
+argv = (b"/usr/bin/env", b"touch", os.fsencode(note))
+facts = Facts("t", "1000", "c", "m", argv, b"/", bool(tty), 80, 24, 0, "b")
+transcript = Transcript.create(facts, Lease(1, 1, 1))
+command = spawner._Command(facts, dict(os.environb), transcript, Waiting(), os.getpid())
+spawner._fork_on_terminal(command) if tty else spawner._fork_on_pipe(command, 2)
+"""
+
+
+@both
+async def test_a_child_that_has_not_said_that_it_runs_dies_with_its_spawner(tmp_path: Path, tty: bool) -> None:
+    first, second, note = tmp_path / "first", tmp_path / "second", tmp_path / "note"
+    os.mkfifo(first)
+    os.mkfifo(second)
+    arguments = [str(first), str(second), str(note), "yes" if tty else ""]
+    spawner = await asyncio.create_subprocess_exec(sys.executable, "-c", HALFWAY, *arguments)
+    child = os.pidfd_open(int(await asyncio.to_thread(first.read_text)))
+    spawner.kill()
+    await spawner.wait()
+    go = os.open(second, os.O_RDWR)  # it may be gone, and nobody would open the other end
+    os.write(go, b"go")
+    os.close(go)
+    await readable(child)
+    os.close(child)
+    assert not note.exists()
