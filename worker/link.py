@@ -34,6 +34,7 @@ LONGEST_PAUSE = 5.0
 HANDSHAKE_DEADLINE = 10.0
 # Seconds after which descriptors that nobody asked for are closed.
 UNCLAIMED = 60.0
+_SEND_PAUSE = 0.002
 
 
 class Link:
@@ -67,6 +68,8 @@ class Link:
         self._registered: asyncio.Future[Welcome] | None = None
         self._parcels: dict[str, tuple[dict[tuple[str, str], Handles], asyncio.TimerHandle]] = {}
         self._outgoing: list[bytes] = []
+        # What the present broker has had from us at the connection.
+        self._deposited: set[tuple[str, str]] = set()
         self._lost = asyncio.Event()
 
     async def run(self) -> None:
@@ -120,9 +123,8 @@ class Link:
             raise PeerError(f"the broker refused this worker: {answer.message.get('message')}")
         self._token = str(answer.message["token"])
         self._loop.add_reader(link.fileno(), self._receive_parcels)
-        for parcel in parcels(self._deposits()):
-            rows, fds = parcel_rows(parcel)
-            await link.send_async("deposit", fds, processes=rows)
+        self._deposited.clear()
+        await self._deposit(link)
         self._open_control()
         self._registered = self._loop.create_future()
         held = sorted(process_id for _, process_id in self._deposits())
@@ -130,6 +132,20 @@ class Link:
         async with asyncio.timeout(HANDSHAKE_DEADLINE):
             welcome = await self._registered
         self._on_connected(link, welcome)
+        await self._deposit(link)  # what was started since, while the spawner knew no broker
+
+    async def _deposit(self, link: Channel) -> None:
+        """Deposit what this broker has not had from us yet; numbers are looked up anew after each pause."""
+        async with asyncio.timeout(HANDSHAKE_DEADLINE):
+            while new := {key: held for key, held in self._deposits().items() if key not in self._deposited}:
+                parcel = parcels(new)[0]
+                rows, fds = parcel_rows(parcel)
+                try:
+                    link.send("deposit", fds, processes=rows)
+                except BlockingIOError:
+                    await asyncio.sleep(_SEND_PAUSE)
+                    continue
+                self._deposited |= set(parcel)
 
     async def _first_packet(self, link: Channel) -> Packet:
         arrived = self._loop.create_future()

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgpack
 
 from ..common import channel, kernel
-from ..common.channel import Channel, Packet, open_parcel
+from ..common.channel import Channel, Packet, open_parcel, parcel_rows
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, PeerError, SpawnError
 from ..common.launch import launch
@@ -62,6 +62,8 @@ class _Start:
     facts: Facts
     since: float
     handles: asyncio.Future[Handles]
+    # With whom the spawner deposits.
+    broker: Channel | None
 
 
 @dataclass(slots=True)
@@ -104,18 +106,30 @@ class Nursery:
         Cancelled, it still runs: the broker has the deposit, and its call id finds it.
         """
         number = next(self._numbers)
-        start = _Start(order.facts, time.monotonic(), self._loop.create_future())
+        start = _Start(order.facts, time.monotonic(), self._loop.create_future(), self._broker)
         fd = order.to_memfd()
         try:
             while not await self._send(self._spawner(), number, start, fd):
                 pass
         finally:
             os.close(fd)
-        return await start.handles
+        handles = await start.handles
+        if self._broker and self._broker is not start.broker:
+            # The spawner had its order before it heard of this broker, and deposited with the former one.
+            rows, fds = parcel_rows({(order.facts.thread_id, order.facts.process_id): handles.held()})
+            try:
+                await self._broker.send_async("deposit", fds, processes=rows)
+            except HandoffError:
+                pass  # gone as well: the next one gets what it lacks when it is found
+            except BaseException:
+                handles.close()
+                raise
+        return handles
 
     async def _send(self, spawner: _Spawner, number: int, start: _Start, fd: int) -> bool:
         """Give a spawner an order; `False`: it is dead, and has not had it."""
         spawner.starts[number] = start
+        start.broker = self._broker
         try:
             await spawner.channel.send_async("spawn", [fd], number=number)
         except HandoffError as error:
@@ -131,9 +145,11 @@ class Nursery:
         return True
 
     def close(self) -> None:
-        """Let the spawners end; their children are adopted by the broker."""
+        """Let the spawners finish their starts and end; their children are adopted by the broker."""
         for spawner in list(self._spawners):
-            self._part_from(spawner)
+            self._hang_up(spawner)
+            _refuse(spawner, "the worker is ending; the same call again finds out what became of it")
+            _reap_later(spawner.pid, lambda: None)
 
     def _spawner(self) -> _Spawner:
         for spawner in reversed(self._spawners):
@@ -193,22 +209,34 @@ class Nursery:
         packet.close()
 
     def _part_from(self, spawner: _Spawner) -> None:
+        """It is dying: once it is dead, nothing comes of its starts any more."""
+        self._hang_up(spawner)
+
+        def dead() -> None:
+            for start in spawner.starts.values():
+                self._on_orphan(start.facts)
+            _refuse(spawner, "the spawner died during the start; the same call again finds out what became of it")
+
+        _reap_later(spawner.pid, dead)
+
+    def _hang_up(self, spawner: _Spawner) -> None:
         self._spawners.remove(spawner)
         self._loop.remove_reader(spawner.channel.fileno())
         spawner.channel.close()
-        for start in spawner.starts.values():
-            self._on_orphan(start.facts)
-            if not start.handles.done():
-                reason = "the spawner died during the start; the same call again finds out what became of it"
-                start.handles.set_exception(SpawnError(reason, "spawner"))
-        _reap_later(spawner.pid)
 
 
-def _reap_later(pid: int) -> None:
+def _refuse(spawner: _Spawner, reason: str) -> None:
+    for start in spawner.starts.values():
+        if not start.handles.done():
+            start.handles.set_exception(SpawnError(reason, "spawner"))
+
+
+def _reap_later(pid: int, then: Callable[[], None]) -> None:
     """Take the spawner off the process table once it is gone; it may be finishing a start."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
+        then()
         return
     loop = asyncio.get_running_loop()
 
@@ -217,5 +245,6 @@ def _reap_later(pid: int) -> None:
         with suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         os.close(pidfd)
+        then()
 
     loop.add_reader(pidfd, gone)

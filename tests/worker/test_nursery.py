@@ -205,3 +205,15 @@ async def test_a_spawner_finishes_what_it_was_told_and_ends_with_its_worker(fami
     early.close()
     late.close()
     broker.close()
+
+
+async def test_a_start_that_outlasts_its_worker_is_the_spawners_to_finish_and_no_orphan(family: Any) -> None:
+    pid = await spawner_of(family)
+    os.kill(pid, signal.SIGSTOP)
+    start = asyncio.create_task(family.nursery.start(family.order(b"/bin/true")))
+    await asyncio.sleep(0)
+    family.nursery.close()
+    with pytest.raises(SpawnError):
+        await start
+    assert family.orphans == []
+    os.kill(pid, signal.SIGCONT)
