@@ -280,8 +280,8 @@ async def test_a_transcript_is_private_and_never_executable(family: Any) -> None
     assert Transcript(held.transcript.fd).facts == held.transcript.facts
 
 
-# A spawner whose child says its pid and waits before it says that it runs: `FIRST SECOND NOTE TTY`, two named pipes,
-# and the file that the command makes.
+# A spawner whose child says its pid and waits before it says that it runs: `FIRST SECOND NOTE TTY`, two named
+# pipes, and the file that the command makes.
 HALFWAY = """
 import os, sys
 from outlive.common.transcript import Facts, Lease, Transcript
