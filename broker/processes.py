@@ -278,7 +278,9 @@ class Processes(ABC):
     def orphaned(self, thread_id: str, process_id: str) -> None:
         """The spawner died while it was starting this process."""
         entry = self.threads[thread_id].entries.get(process_id)
-        if entry and entry.state is State.STARTING:
+        if entry and entry.state is State.STARTING and entry.transcript:
+            # Leased to the worker from its birth; it lives and says that it never got it.
+            entry.transcript.release_lease()
             self._resolve_start(entry)
 
     def _resolve_start(self, entry: Entry) -> None:

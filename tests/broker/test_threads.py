@@ -25,7 +25,7 @@ from outlive.common.channel import open_parcel
 from outlive.common.config import Config
 from outlive.common.descriptors import Handles
 from outlive.common.errors import BadRequest, PeerError, Unavailable, UnknownThread
-from outlive.common.messages import Collected, Ended, Request
+from outlive.common.messages import Collected, Ended, Orphaned, Request
 from outlive.common.outcome import Outcome
 from outlive.common.paths import Paths
 from outlive.common.pump import Pump, Pumps
@@ -251,6 +251,22 @@ async def test_a_start_with_the_mark_that_has_not_executed_its_program_yet_is_fo
     signal.pidfd_send_signal(late.pidfd, signal.SIGKILL)
     late.close()
     await stage.ended("1000")
+
+
+async def test_a_start_whose_spawner_alone_died_is_pumped_though_its_lease_is_the_living_workers(
+    stage: Stage,
+) -> None:
+    worker = await stage.wake()
+    early = stage.children.early("1000")
+    transcript = Transcript(early.transcript)
+    transcript.take_lease(Lease(os.getppid(), kernel.start_time(os.getppid()) or 0, worker.epoch))
+    stage.deposit(early, "1000")
+    stage.children.late(early, *COUNTER).close()  # they die with the spawner
+    early.close()
+    stage.manager.noticed(worker, Orphaned(process_id="1000"))
+    assert stage.entry("1000").state is State.DETACHED
+    assert ("t", "1000") in stage.manager.store
+    assert stage.world.logged == []
 
 
 async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps_its_output(stage: Stage) -> None:
