@@ -112,11 +112,14 @@ MOVES: Mapping[Phase, Mapping[Event, Move]] = {
         Event.WANTED: Move(Phase.RETURNING),
         Event.DIED: Move(Phase.ASLEEP, (Effect.SETTLED,)),
         Event.DISMISSED: Move(Phase.LEAVING),
+        # Its channel was broken when it was sent to bed, so it has not heard of it.
+        Event.REGISTERED: Move(Phase.LEAVING, (Effect.SAY_BYE,)),
     },
     Phase.RETURNING: {
         Event.WANTED: Move(Phase.RETURNING),
         Event.DIED: Move(Phase.STARTING, (Effect.SETTLED, Effect.START_WORKER)),
         Event.DISMISSED: Move(Phase.LEAVING),
+        Event.REGISTERED: Move(Phase.RETURNING, (Effect.SAY_BYE,)),
     },
     Phase.FAILED: {
         Event.WANTED: _START,
@@ -127,14 +130,11 @@ MOVES: Mapping[Phase, Mapping[Event, Move]] = {
 
 _NO_WORKER = "there is no worker that could"
 _NO_PAUSE = "no pause was asked for, or it was cancelled with the phase"
-_LEFT = "a worker that leaves does not register; its channel is closed"
 
 IMPOSSIBLE: Mapping[tuple[Phase, Event], str] = {
     **{(phase, Event.DIED): _NO_WORKER for phase in (Phase.ASLEEP, Phase.PAUSING, Phase.FAILED)},
     **{(phase, Event.PAUSE_OVER): _NO_PAUSE for phase in Phase if phase is not Phase.PAUSING},
     (Phase.STARTING, Event.DISMISSED): "whoever dismisses waits until the worker is up or given up",
-    (Phase.LEAVING, Event.REGISTERED): _LEFT,
-    (Phase.RETURNING, Event.REGISTERED): _LEFT,
 }
 
 

@@ -443,7 +443,7 @@ class Broker:
             return
         if isinstance(body, Register):
             assert peer.route is not None
-            self._answer(peer.route, wire.success(request.id, self.threads.registered(peer)))
+            self._answer(peer.route, wire.success(request.id, self.threads.registered(peer, body.processes)))
         elif isinstance(body, messages.Collected):
             # After the reply that went before it has been passed on: writing a file takes its time.
             self._loop.call_soon(self.threads.noticed, peer, body)

@@ -101,14 +101,21 @@ class Workers(Processes):
         thread.life = Life(Phase.STARTING)
         thread.expected = True
 
-    def registered(self, peer: Peer) -> Welcome:
-        """A worker has said that it is up; return what it is told."""
+    def registered(self, peer: Peer, process_ids: list[str]) -> Welcome:
+        """A worker has said that it is up, and what it holds; return what it is told."""
         thread = self.threads[peer.thread_id]
         if thread.worker and thread.worker is not peer:
             thread.worker.hang_up()
         thread.worker = peer
         thread.expected = False
         thread.hung_up = 0
+        for entry in list(thread.entries.values()):
+            # Its channel broke within a handoff: given and not taken, or given back and not told.
+            theirs = entry.custody.holder is Holder.WORKER and entry.epoch == peer.epoch
+            unheld = entry.key[1] not in process_ids and entry.transcript and entry.transcript.live().lease is None
+            if theirs and unheld:
+                self.move(entry, Event.DETACHED)
+                self.settle(entry)
         self._live(thread, lifecycle.Event.REGISTERED)
         return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
 

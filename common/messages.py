@@ -265,7 +265,7 @@ class Bye(Body, frozen=True, kw_only=True):
 
 
 class Register(Body, frozen=True, kw_only=True):
-    """I am up, and hold these processes (none at a first start); the broker goes by the deposits."""
+    """I am up, and hold these processes (none at a first start)."""
 
     processes: list[Text] = []
 
