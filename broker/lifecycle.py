@@ -45,17 +45,12 @@ class Event(Enum):
 
 
 class Effect(Enum):
-    """What is to be done.
-
-    For the last two nothing more is: whoever waits is told after each event, and looks at the phase.
-    """
+    """What is to be done.  Whoever waits is told after each event besides, and looks at the phase."""
 
     START_WORKER = auto()
     PAUSE = auto()  # for `Life.pause`
     WELCOME = auto()  # give it what is detached, let waiting calls go on
     SAY_BYE = auto()
-    FAIL_CALLS = auto()  # whoever waits for a worker waits in vain
-    SETTLED = auto()  # whoever waits for the worker to be gone can go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ MOVES: Mapping[Phase, Mapping[Event, Move]] = {
         Event.WANTED: _START,
         # One that survived its broker reports to the next.
         Event.REGISTERED: _UP,
-        Event.DISMISSED: Move(Phase.ASLEEP, (Effect.SETTLED,)),
+        Event.DISMISSED: Move(Phase.ASLEEP),
     },
     Phase.STARTING: {
         Event.WANTED: Move(Phase.STARTING),
@@ -97,7 +92,7 @@ MOVES: Mapping[Phase, Mapping[Event, Move]] = {
     Phase.PAUSING: {
         Event.WANTED: Move(Phase.PAUSING),
         Event.PAUSE_OVER: _START,
-        Event.DISMISSED: Move(Phase.ASLEEP, (Effect.FAIL_CALLS, Effect.SETTLED)),
+        Event.DISMISSED: Move(Phase.ASLEEP),
         # One that survived the former broker was slow to report.
         Event.REGISTERED: _UP,
     },
@@ -110,20 +105,20 @@ MOVES: Mapping[Phase, Mapping[Event, Move]] = {
     },
     Phase.LEAVING: {
         Event.WANTED: Move(Phase.RETURNING),
-        Event.DIED: Move(Phase.ASLEEP, (Effect.SETTLED,)),
+        Event.DIED: Move(Phase.ASLEEP),
         Event.DISMISSED: Move(Phase.LEAVING),
         # Its channel was broken when it was sent to bed, so it has not heard of it.
         Event.REGISTERED: Move(Phase.LEAVING, (Effect.SAY_BYE,)),
     },
     Phase.RETURNING: {
         Event.WANTED: Move(Phase.RETURNING),
-        Event.DIED: Move(Phase.STARTING, (Effect.SETTLED, Effect.START_WORKER)),
+        Event.DIED: _START,
         Event.DISMISSED: Move(Phase.LEAVING),
         Event.REGISTERED: Move(Phase.RETURNING, (Effect.SAY_BYE,)),
     },
     Phase.FAILED: {
         Event.WANTED: _START,
-        Event.DISMISSED: Move(Phase.ASLEEP, (Effect.SETTLED,)),
+        Event.DISMISSED: Move(Phase.ASLEEP),
         Event.REGISTERED: _UP,
     },
 }
@@ -144,7 +139,7 @@ def step(life: Life, event: Event) -> tuple[Life, tuple[Effect, ...]]:
     if life.phase is Phase.STARTING and event is Event.DIED:
         failures = life.failures + 1
         if failures >= GIVE_UP_AFTER:
-            return Life(Phase.FAILED, failures), (Effect.FAIL_CALLS, Effect.SETTLED)
+            return Life(Phase.FAILED, failures), ()
         return Life(move.phase, failures), move.effects
     if event is Event.REGISTERED or life.phase is Phase.FAILED:
         return Life(move.phase), move.effects

@@ -199,8 +199,9 @@ class Workers(Processes):
         elif effect is Effect.WELCOME:
             self._world.publish("worker", thread.thread_id, what="up", epoch=thread.epoch, pid=thread.worker_pid)
             self.take_back(thread)
-        elif effect is Effect.SAY_BYE and thread.worker:
-            self.spawn(self._tell(thread.worker, Bye()))
+        elif effect is Effect.SAY_BYE:
+            if thread.worker:
+                self.spawn(self._tell(thread.worker, Bye()))
         if thread.life.phase is not Phase.PAUSING and (timer := self._timers.pop(thread.thread_id, None)):
             timer.cancel()
 

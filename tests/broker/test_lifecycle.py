@@ -62,7 +62,7 @@ def failed() -> Life:
         life, _ = play(life, Event.DIED, Event.PAUSE_OVER)
     life, effects = play(life, Event.DIED)
     assert life.phase is Phase.FAILED
-    assert effects == [Effect.FAIL_CALLS, Effect.SETTLED]
+    assert effects == []
     return life
 
 
@@ -85,12 +85,12 @@ def test_coming_up_once_forgives_the_deaths_before() -> None:
 def test_a_worker_that_is_wanted_on_its_way_to_bed_is_followed_by_another() -> None:
     life, effects = play(Life(Phase.AWAKE), Event.DISMISSED, Event.WANTED, Event.DIED)
     assert life.phase is Phase.STARTING
-    assert effects == [Effect.SETTLED, Effect.START_WORKER]
+    assert effects == [Effect.START_WORKER]
 
 
 def test_a_worker_that_dies_on_its_way_to_bed_is_not_replaced() -> None:
     life, effects = play(Life(Phase.AWAKE), Event.DISMISSED, Event.DIED)
-    assert (life.phase, effects) == (Phase.ASLEEP, [Effect.SETTLED])
+    assert (life.phase, effects) == (Phase.ASLEEP, [])
 
 
 @given(st.lists(st.sampled_from(Event), max_size=60))
@@ -120,6 +120,3 @@ def test_any_order_of_events_has_at_most_one_worker(events: list[Event]) -> None
         assert (Effect.PAUSE in effects) == (pausing and event is Event.DIED)
         assert exists == (life.phase in (Phase.STARTING, Phase.AWAKE, Phase.LEAVING, Phase.RETURNING))
         assert 0 <= life.failures <= GIVE_UP_AFTER
-        # Whoever waits for the worker to be gone is told whenever there is none for good.
-        if life.phase in (Phase.ASLEEP, Phase.FAILED):
-            assert Effect.SETTLED in effects or event is Event.WANTED
