@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import select
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import settings
 
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
-from outlive.common.pump import Pumps
 from outlive.common.transcript import Facts, Lease, Limits, Transcript, mark_started
-
-# A busy machine is not a failure.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
 
 # Of nobody: as long as a process of this pid and start time cannot exist, the lease is free to take.
 DEAD = Lease(pid=(1 << 22) + 1, start_time=1, epoch=7)
@@ -124,13 +117,6 @@ def children() -> Iterator[Children]:
     started = Children()
     yield started
     started.close()
-
-
-@pytest.fixture
-async def pumps() -> AsyncIterator[Pumps]:
-    pumps = Pumps(asyncio.get_running_loop())
-    yield pumps
-    pumps.close()
 
 
 @pytest.fixture

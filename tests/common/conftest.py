@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ import pytest
 
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
-from outlive.common.pump import Pump, Pumps
+from outlive.common.pump import Pump
 from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript, mark_started
 
 T = TypeVar("T")
@@ -232,13 +232,6 @@ def children() -> Iterator[Children]:
     started = Children()
     yield started
     started.close()
-
-
-@pytest.fixture
-async def pumps() -> AsyncIterator[Pumps]:
-    pumps = Pumps(asyncio.get_running_loop())
-    yield pumps
-    pumps.close()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that any Python started from here finds."""
     (tmp_path / "tell_tale.py").write_text(TELL)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    read_end, write_end = os.pipe()
-    yield read_end, write_end
-    os.close(read_end)
-    os.close(write_end)
 
 
 def told(pipe: tuple[int, int], fds: list[int], **options: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from outlive.common import kernel
 from outlive.common.config import Config
@@ -26,10 +25,6 @@ from outlive.common.response import Response
 from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript
 from outlive.worker.nursery import Nursery, Order
 from outlive.worker.processes import ProcessManager
-
-# A busy machine is not a failure.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
 
 FOREVER = float("inf")
 
