@@ -176,13 +176,15 @@ class Home:
         for pid in self.pids():  # a test that failed may have left something stopped
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        refusal = ""
+        refusal, patience = "", PATIENCE
         try:  # a new broker, if the test has ended on its own, asks the workers that survived
             async with asyncio.timeout(PATIENCE), outlive.connect(self.paths, start=bool(self.pids())) as host:
                 await host.down(force=True)
+        except outlive.Interrupted as error:  # the broker was gone, or going, before its answer was here
+            refusal, patience = repr(error), PATIENCE
         except (outlive.OutliveError, TimeoutError) as error:
-            refusal = repr(error)
-        until = time.monotonic() + (0 if self.pids() and refusal else PATIENCE)
+            refusal, patience = repr(error), 0.0
+        until = time.monotonic() + patience
         left = [pid for pid in self.pids() if not ended_within(pid, until - time.monotonic())]
         shown = [f"{pid} {_command(pid)}" for pid in left]
         for pid in left:
