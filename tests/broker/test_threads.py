@@ -25,7 +25,7 @@ from outlive.common.channel import open_parcel
 from outlive.common.config import Config
 from outlive.common.descriptors import Handles
 from outlive.common.errors import BadRequest, PeerError, Unavailable, UnknownThread
-from outlive.common.messages import Collected, Ended, Request
+from outlive.common.messages import Collected, Ended, Orphaned, Request
 from outlive.common.outcome import Outcome
 from outlive.common.paths import Paths
 from outlive.common.pump import Pump, Pumps
@@ -91,7 +91,7 @@ class Stage:
         self.peer = Peer(ours, self.thread.worker_pid or 0, None)
         self._peers.append(self.peer)
         self.peer.admit("worker", "t", self.thread.epoch)
-        self.manager.registered(self.peer)
+        self.manager.registered(self.peer, [])
         assert await waiting is self.peer
         for _ in range(5):  # it is given what is detached
             await asyncio.sleep(0)
@@ -253,6 +253,23 @@ async def test_a_start_with_the_mark_that_has_not_executed_its_program_yet_is_fo
     await stage.ended("1000")
 
 
+async def test_a_start_whose_spawner_alone_died_is_pumped_though_its_lease_is_the_living_workers(
+    stage: Stage,
+) -> None:
+    worker = await stage.wake()
+    early = stage.children.early("1000")
+    transcript = Transcript(early.transcript)
+    transcript.take_lease(Lease(os.getppid(), kernel.start_time(os.getppid()) or 0, worker.epoch))
+    stage.deposit(early, "1000")
+    # They die with the spawner.  Not COUNTER: it ends when its terminal is closed.
+    stage.children.late(early, "/bin/sleep", "1000").close()
+    early.close()
+    stage.manager.noticed(worker, Orphaned(process_id="1000"))
+    assert stage.entry("1000").state is State.DETACHED
+    assert ("t", "1000") in stage.manager.store
+    assert stage.world.logged == []
+
+
 async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps_its_output(stage: Stage) -> None:
     await stage.wake()
     early = stage.children.early("1000")
@@ -271,7 +288,7 @@ async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps
 async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None:
     await stage.wake()
     early = stage.children.early("1000")
-    mark_started(early.transcript, os.getppid())  # somebody without the mark and without the transcript
+    mark_started(early.transcript, os.getppid())  # somebody without the mark and the transcript
     stage.deposit(early, "1000")
     early.close()
     stage.die(spawner_too=True)
@@ -349,6 +366,48 @@ async def test_a_live_worker_keeps_its_lease_whatever_its_channel_does(stage: St
     assert stage.entry("1000").custody.holder is Holder.WORKER
     assert len(stage.manager.store) == 0
     handles.close()
+
+
+async def back(stage: Stage, *process_ids: str) -> Peer:
+    """Have the living worker come back with another channel, holding these."""
+    ours, theirs = channel.pair()
+    stage.theirs.append(theirs)
+    peer = Peer(ours, stage.thread.worker_pid or 0, None)
+    stage._peers.append(peer)
+    peer.admit("worker", "t", stage.thread.epoch)
+    stage.manager.registered(peer, list(process_ids))
+    return peer
+
+
+async def test_what_a_worker_gave_back_before_its_channel_broke_is_pumped_when_it_comes_back(stage: Stage) -> None:
+    peer = await stage.wake()
+    given, kept, unread = (stage.attach(process_id) for process_id in ("1000", "2000", "3000"))
+    worker = Lease(os.getppid(), kernel.start_time(os.getppid()) or 0, peer.epoch)
+    for handles in (given, kept, unread):
+        Transcript(handles.transcript).take_lease(worker)
+    Transcript(given.transcript).release_lease()  # exported, and its word of that is lost
+    stage.close_channel(peer)
+    await back(stage, "2000")  # 3000 has started, and the worker is about to hear of it
+    assert [stage.entry(name).custody.holder for name in ("1000", "2000", "3000")] == [
+        Holder.BROKER,
+        Holder.WORKER,
+        Holder.WORKER,
+    ]
+    assert [key for key in (("t", "1000"), ("t", "2000")) if key in stage.manager.store] == [("t", "1000")]
+    for handles in (given, kept, unread):
+        handles.close()
+
+
+async def test_a_worker_sent_to_bed_while_its_channel_was_broken_hears_of_it_when_it_comes_back(
+    stage: Stage,
+) -> None:
+    stage.close_channel(await stage.wake())
+    stage.manager.dismiss(stage.thread)
+    assert stage.world.requests == []
+    await back(stage)
+    await stage.asked("bye")
+    stage.die()
+    assert stage.thread.life.phase is Phase.ASLEEP
 
 
 async def detached(stage: Stage, *process_ids: str) -> None:
