@@ -24,7 +24,15 @@ import msgspec
 
 from ..common import kernel, messages, tree
 from ..common.descriptors import ROLES
-from ..common.errors import BadRequest, ExpiredProcess, Interrupted, LimitReached, Unavailable, UnknownProcess
+from ..common.errors import (
+    BadRequest,
+    ExpiredProcess,
+    Interrupted,
+    LimitReached,
+    OutliveError,
+    Unavailable,
+    UnknownProcess,
+)
 from ..common.held import Held, exec_yield, piece_of, write_yield
 from ..common.messages import (
     Body,
@@ -117,13 +125,16 @@ class Operations:
             peer.starts.add(call.call_id)
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
-                peer.starts.discard(call.call_id)
             except WorkerGone:
                 continue
-            except ExpiredProcess:
-                if call.call_id in thread.archive.calls:  # collected a moment ago
-                    continue
+            except Unavailable:
+                raise  # it may still start it
+            except OutliveError as error:
+                peer.starts.discard(call.call_id)
+                if isinstance(error, ExpiredProcess) and call.call_id in thread.archive.calls:
+                    continue  # collected a moment ago
                 raise
+            peer.starts.discard(call.call_id)
             self._relayed(thread, result)
             return result
 

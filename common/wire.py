@@ -24,6 +24,8 @@ ENTRIES_MAX = 100_000
 # Messages that may wait for one peer.
 QUEUE_MAX = 10_000
 
+# Events that may wait for one subscriber; a slower one sees a jump in their numbers.
+EVENTS_MAX = 2000
 # Messages in one ZeroMQ message, at most: what was said in one turn of a loop travels together.
 BATCH_MAX = 64
 
@@ -173,6 +175,8 @@ def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket
     socket.setsockopt(zmq.MAXMSGSIZE, FRAME_MAX)
     socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
     socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
+    if kind == zmq.XPUB:
+        socket.setsockopt(zmq.SNDHWM, EVENTS_MAX)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     if kind in (zmq.DEALER, zmq.SUB):

@@ -83,10 +83,15 @@ class Link:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
                 continue
-            pause = FIRST_PAUSE
+            connected = self._loop.time()
             await self._lost.wait()
             self._drop()
             self._on_lost()
+            if self._loop.time() - connected > pause:
+                pause = FIRST_PAUSE
+            else:  # it hangs up on us as soon as we come
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
 
     def send(self, body: Body) -> None:
         """Send a notice, if there is a broker to hear it, together with what else is said in this turn."""

@@ -176,11 +176,8 @@ class Nursery:
         return spawner
 
     def _introduce(self, spawner: _Spawner) -> None:
-        with suppress(OSError):
-            if self._broker:
-                spawner.channel.send("broker", [self._broker.fileno()])
-            else:
-                spawner.channel.send("broker")
+        with suppress(HandoffError):  # it has died; its end of file comes next
+            spawner.channel.send_patiently("broker", [self._broker.fileno()] if self._broker else None)
 
     def _receive(self, spawner: _Spawner) -> None:
         while True:

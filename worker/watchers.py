@@ -18,8 +18,9 @@ from ..common.transcript import Gap, Transcript
 
 DELTA_MAX = 8 << 10
 DELTAS_PER_CALL = 10_000
-# Bytes of aggregated output in an end event.
-AGGREGATE_MAX = 1 << 20
+# Bytes of aggregated output in an end event: head and tail.  Events wait in the broker for slow subscribers, by the
+# thousand; who wants more reads the transcript.
+AGGREGATE_MAX = 64 << 10
 
 
 def split(data: bytes, *, final: bool) -> Iterator[bytes]:
