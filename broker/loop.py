@@ -253,7 +253,10 @@ class Broker:
                 continue
             entry = self.threads.entry_by_pid(pid)
             if entry and entry.transcript:
-                ending.learn(entry.handles.pidfd, entry.transcript)
+                # Not reaped yet, so the pid is still its own; we may have no pidfd of it, its spawner being dead.
+                pidfd = os.pidfd_open(pid)
+                ending.learn(pidfd, entry.transcript)
+                os.close(pidfd)
             with suppress(ChildProcessError):
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
 

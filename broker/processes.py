@@ -170,7 +170,7 @@ class Processes(ABC):
 
     def entry_by_pid(self, pid: int) -> Entry | None:
         """Return the process that runs as `pid`: for an adopted orphan that has ended."""
-        return next((entry for entry in self.entries() if entry.pid == pid), None)
+        return next((entry for entry in self.entries() if pid in (entry.pid, _starting_pid(entry))), None)
 
     # What workers tell.
 
@@ -276,12 +276,18 @@ class Processes(ABC):
             self.move(entry, Event.NEVER_RAN)
 
     def orphaned(self, thread_id: str, process_id: str) -> None:
-        """The spawner died while it was starting this process."""
-        entry = self.threads[thread_id].entries.get(process_id)
-        if entry and entry.state is State.STARTING and entry.transcript:
-            # Leased to the worker from its birth; it lives and says that it never got it.
-            entry.transcript.release_lease()
+        """The spawner died while it was starting this process, and the worker never got it."""
+        thread = self.threads[thread_id]
+        entry = thread.entries.get(process_id)
+        if entry is None or entry.transcript is None or entry.custody.holder is Holder.BROKER:
+            return
+        # Leased to the worker from its birth, and the worker lives; but it does not pump what it does not have.
+        entry.transcript.release_lease()
+        if entry.state is State.STARTING:
             self._resolve_start(entry)
+        else:  # only the word to the worker was missing: without it the same call would start it again
+            self.move(entry, Event.DETACHED)
+            self.take_back(thread)
 
     def _resolve_start(self, entry: Entry) -> None:
         """Nobody will finish this start: find out by the mark in the header what became of it."""
@@ -291,12 +297,13 @@ class Processes(ABC):
             self.move(entry, Event.NEVER_RAN)
             return
         pidfd = _find(live.pid, transcript)
-        if pidfd is None:
+        if pidfd is None and live.outcome is None:
             self.move(entry, Event.VANISHED)
-        else:
+            return
+        if pidfd is not None:
             self._adopt(entry, Handles({"pidfd": pidfd}))
-            entry.pid = live.pid
-            self._started(entry, Event.STARTED_ALONE)
+        entry.pid = live.pid
+        self._started(entry, Event.STARTED_ALONE)
 
     # Moves.
 
@@ -407,6 +414,11 @@ class Processes(ABC):
             entry.handles.close()
         self.store.close()
         self._writer.shutdown()
+
+
+def _starting_pid(entry: Entry) -> int:
+    """Return the pid of a process whose spawner has not told it, and may be dead."""
+    return entry.transcript.live().pid if entry.state is State.STARTING and entry.transcript else 0
 
 
 def _find(pid: int, transcript: Transcript) -> int | None:

@@ -270,6 +270,35 @@ async def test_a_start_whose_spawner_alone_died_is_pumped_though_its_lease_is_th
     assert stage.world.logged == []
 
 
+async def test_a_start_whose_spawner_died_before_its_word_to_the_worker_is_given_to_the_worker(
+    stage: Stage,
+) -> None:
+    worker = await stage.wake()
+    stage.attach("1000", "/bin/sleep", "1000").close()
+    Transcript(stage.entry("1000").handles.transcript).take_lease(
+        Lease(os.getppid(), kernel.start_time(os.getppid()) or 0, worker.epoch)
+    )
+    stage.manager.noticed(worker, Orphaned(process_id="1000"))
+    assert (stage.entry("1000").custody.holder, ("t", "1000") in stage.manager.store) == (Holder.BROKER, True)
+    assert stage.thread.taking_back is not None
+    assert stage.world.logged == []
+
+
+async def test_a_start_with_the_mark_that_had_ended_keeps_the_outcome_that_its_reaper_recorded(
+    stage: Stage,
+) -> None:
+    worker = await stage.wake()
+    early = stage.children.early("1000")
+    mark_started(early.transcript, (1 << 22) + 1)
+    stage.deposit(early, "1000")
+    assert stage.manager.entry_by_pid((1 << 22) + 1) is stage.entry("1000")
+    Transcript(early.transcript).record_outcome(Outcome("exited", code=7))
+    early.close()
+    stage.manager.noticed(worker, Orphaned(process_id="1000"))
+    assert stage.entry("1000").outcome == Outcome("exited", code=7)
+    assert stage.entry("1000").state in (State.DETACHED, State.ENDED)
+
+
 async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps_its_output(stage: Stage) -> None:
     await stage.wake()
     early = stage.children.early("1000")
