@@ -16,7 +16,7 @@ import select
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ from .peers import Peer
 
 # Records that may wait to be written; each may hold a whole transcript.
 WRITES_MAX = 64
+# Seconds until records are written: a new file takes longer than the short command it is about, and the next one
+# should not have to share the processor with it.
+WRITE_DELAY = 0.05
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
 # Milliseconds that the kernel may take to execute a program: microseconds, unless it comes from a slow disk.
@@ -89,7 +92,9 @@ class Processes(ABC):
         self._tasks: set[asyncio.Task[None]] = set()
         # One thread, so that files are written in order; a new file takes longer than the command it is about.
         self._writer = ThreadPoolExecutor(1, "archive")
-        self._writes: set[Future[None]] = set()
+        self._to_write: list[Callable[[], None]] = []
+        self._writing_soon: asyncio.TimerHandle | None = None
+        self._batch: Future[None] | None = None
         for folder in sorted(paths.threads.iterdir()):
             if folder.is_dir():
                 try:
@@ -131,17 +136,27 @@ class Processes(ABC):
         return thread
 
     def _write_later(self, write: Callable[[], None]) -> None:
-        if len(self._writes) >= WRITES_MAX:
-            wait(self._writes, return_when=FIRST_COMPLETED)
-        job = self._writer.submit(self._write, write)
-        self._writes.add(job)
-        job.add_done_callback(self._writes.discard)
+        self._to_write.append(write)
+        if len(self._to_write) >= WRITES_MAX:
+            self._write_now()
+        elif self._writing_soon is None:
+            self._writing_soon = asyncio.get_running_loop().call_later(WRITE_DELAY, self._write_now)
 
-    def _write(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            self._world.log(f"archive: {error}")
+    def _write_now(self) -> None:
+        if self._writing_soon:
+            self._writing_soon.cancel()
+            self._writing_soon = None
+        if self._batch and self._to_write:
+            wait({self._batch})  # a disk that slow has to slow us down: memory is not endless
+        writes, self._to_write = self._to_write, []
+        self._batch = self._writer.submit(self._write, writes)
+
+    def _write(self, writes: list[Callable[[], None]]) -> None:
+        for write in writes:
+            try:
+                write()
+            except OSError as error:
+                self._world.log(f"archive: {error}")
 
     def entries(self) -> Iterator[Entry]:
         """Yield every held process."""
@@ -413,6 +428,7 @@ class Processes(ABC):
                 entry.handles = handles
             entry.handles.close()
         self.store.close()
+        self._write_now()
         self._writer.shutdown()
 
 

@@ -47,7 +47,7 @@ CONDUIT_SIZE = 16 << 10
 
 @dataclass(slots=True)
 class _Child:
-    process: tuple[str, str]
+    facts: Facts
     handles: Handles
 
 
@@ -150,7 +150,7 @@ class Spawner:
             self.worker.send_patiently("failed", number=number, stage=stage, message=str(error))
             return
         rows, fds = parcel_rows({key: handles.held()})
-        child = _Child(key, Handles({"transcript": handles.transcript, "pidfd": handles.pidfd}))
+        child = _Child(facts, Handles({"transcript": handles.transcript, "pidfd": handles.pidfd}))
         with suppress(HandoffError):  # the worker is gone; the broker has everything
             self.worker.send_patiently("started", fds, number=number, pid=pid, processes=rows)
         handles.transcript = handles.pidfd = -1
@@ -212,7 +212,7 @@ class Spawner:
 
     def _bury(self, child: _Child) -> None:
         pidfd = child.handles.pidfd
-        ending.learn(pidfd, Transcript(child.handles.transcript))
+        ending.learn(pidfd, Transcript.known(child.handles.transcript, child.facts))
         self.poller.unregister(pidfd)
         del self.children[pidfd]
         child.handles.close()
