@@ -12,7 +12,6 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import secrets
 import time
@@ -25,7 +24,6 @@ from ..common import kernel, launch, tree
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
 from ..common.errors import (
-    BadRequest,
     ExpiredProcess,
     HandoffError,
     LimitReached,
@@ -48,21 +46,10 @@ from ..common.pump import Pump, Pumps
 from ..common.response import Response
 from ..common.transcript import Facts, Lease
 from . import pruning
+from .commands import command_line, environment_of
 from .nursery import Nursery, Order
 from .watchers import Watch
 
-# What children get unless the call sets it: programs should print for a reader that is no terminal.
-PLAIN_ENVIRONMENT: dict[bytes, bytes] = {
-    b"NO_COLOR": b"1",
-    b"TERM": b"dumb",
-    b"LANG": b"C.UTF-8",
-    b"LC_CTYPE": b"C.UTF-8",
-    b"LC_ALL": b"C.UTF-8",
-    b"COLORTERM": b"",
-    b"PAGER": b"cat",
-    b"GIT_PAGER": b"cat",
-    b"GH_PAGER": b"cat",
-}
 # Descriptors kept free: libzmq aborts the process when it meets EMFILE.
 RESERVE = 64
 # The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
@@ -322,22 +309,12 @@ class ProcessManager:
 
     def _order(self, call: ExecCommand, process_id: str) -> Order:
         mark = secrets.token_hex(16)
-        argv = command_line(call)
-        environment = {
-            name: value for name, value in call.environment.items() if name not in (launch.ROLE, launch.LIMITS)
-        }
-        environment |= PLAIN_ENVIRONMENT | call.overrides
-        environment |= {
-            launch.THREAD: self.thread_id.encode(),
-            launch.PROCESS: process_id.encode(),
-            launch.MARK: mark.encode(),
-        }
         facts = Facts(
             thread_id=self.thread_id,
             process_id=process_id,
             call_id=call.call_id,
             mark=mark,
-            argv=tuple(argv),
+            argv=tuple(command_line(call)),
             cwd=call.workdir,
             tty=call.tty,
             columns=call.columns,
@@ -345,7 +322,7 @@ class ProcessManager:
             started_at_ns=time.time_ns(),
             boot_id=kernel.boot_id(),
         )
-        return Order(facts, environment, self._lease)
+        return Order(facts, environment_of(call, facts), self._lease)
 
     def _new_id(self) -> str:
         free = len(RANDOM_IDS) - len(self.used)
@@ -494,29 +471,3 @@ class ProcessManager:
         while self._talking[held.process_id]:
             await asyncio.sleep(0)
         self._drop(managed)
-
-
-def command_line(call: ExecCommand) -> list[bytes]:
-    """Return the argv of a call; a shell command line gets the caller's shell, as a login shell by default."""
-    if isinstance(call.cmd, list):
-        if not call.cmd or not call.cmd[0]:
-            raise BadRequest("cmd: missing command line; give at least the program")
-        argv = call.cmd
-    else:
-        if not call.cmd.strip():
-            raise BadRequest("cmd: missing command line for exec_command")
-        shell = call.shell or _usual_shell(call.environment)
-        argv = [shell, b"-lc" if call.login else b"-c", os.fsencode(call.cmd)]
-    if b"\0" in b"".join(argv) + call.workdir:
-        raise BadRequest("cmd or workdir: contains a NUL byte, which no program can be given")
-    for name, value in (call.environment | call.overrides).items():
-        if not name or b"=" in name or b"\0" in name + value:
-            raise BadRequest(f"environment: {name!r:.80} is no name a variable can have, or holds a NUL byte")
-    return argv
-
-
-def _usual_shell(environment: dict[bytes, bytes]) -> bytes:
-    for shell in (environment.get(b"SHELL", b""), b"/bin/bash"):
-        if shell.startswith(b"/") and os.access(shell, os.X_OK):
-            return shell
-    return b"/bin/sh"

@@ -18,7 +18,8 @@ from outlive.common.held import exec_yield, write_yield
 from outlive.common.messages import Begin, Collected, Delta, ExecCommand, ReadOutput
 from outlive.common.outcome import Outcome
 from outlive.common.transcript import Gap, Transcript
-from outlive.worker.processes import PLAIN_ENVIRONMENT, RANDOM_IDS, command_line
+from outlive.worker.commands import PLAIN_ENVIRONMENT, command_line
+from outlive.worker.processes import RANDOM_IDS
 
 FOREVER = float("inf")
 SLEEP = [b"/bin/sleep", b"1000"]
