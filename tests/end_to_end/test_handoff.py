@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -226,3 +227,19 @@ async def test_detach_answers_though_calls_want_the_worker_back_at_once(host: ou
             with suppress(outlive.Unavailable):  # sent to bed during the call
                 await thread.resume()
         await detaching
+
+
+async def test_a_detach_whose_caller_goes_away_is_carried_to_its_end(home: Home, host: outlive.Host) -> None:
+    thread = await host.thread("left")
+    child = await thread.exec_command(["cat"], tty=True, yield_time_ms=250)
+    worker, after = await home.worker(host, "left"), await home.last_event(host)
+    os.kill(worker, signal.SIGSTOP)
+    async with outlive.connect(home.paths) as caller:
+        detaching = asyncio.create_task(outlive.Thread(caller, "left").detach())
+        await asyncio.sleep(0)  # asked; what the same caller asks next is answered after it was taken in
+        await caller.status()
+        detaching.cancel()
+    os.kill(worker, signal.SIGCONT)
+    await home.until(host, after, event="detached", thread="left", process_id=child.process_id)
+    reply = await thread.write_stdin(child.process_id, "still drained\n", resume=False, yield_time_ms=1000)
+    assert reply.output.count("still drained") == 2  # the terminal's echo, and cat's
