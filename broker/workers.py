@@ -58,7 +58,7 @@ class Workers(Processes):
 
     async def handed_over(self, thread: Thread) -> None:
         """Wait for a handoff that is under way."""
-        if thread.taking_back:
+        if thread.taking_back and not thread.taking_back.done():
             await asyncio.wait({thread.taking_back})
         async with thread.handoff:
             pass

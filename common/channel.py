@@ -88,7 +88,6 @@ class Channel:
             self.socket.sendmsg([raw], rights, socket.MSG_NOSIGNAL)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                time.sleep(_IN_FLIGHT_PAUSE)
                 raise BlockingIOError(errno.EAGAIN, "too many descriptors in flight") from error
             raise
 
@@ -101,7 +100,8 @@ class Channel:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise HandoffError(f"{kind}: not accepted within {SEND_DEADLINE:.0f} s") from None
-                select.select([], [self.socket], [], 0.05)
+                # Room is not all that may be missing: with too many descriptors in flight the socket is writable.
+                time.sleep(_IN_FLIGHT_PAUSE)
             except OSError as error:
                 raise HandoffError(f"{kind}: {error.strerror}") from error
 
