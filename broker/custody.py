@@ -49,6 +49,7 @@ class Event(Enum):
     DETACHED = auto()  # the worker said that it has stopped pumping
     REATTACHED = auto()  # the broker decided to give it to a worker
     SKIPPED = auto()  # that worker refused it
+    CLAIMED = auto()  # a worker that registered has it, and its lease: it was on its way when a former broker died
     WORKER_LOST = auto()  # the kernel says that the holder is dead
     ENDED = auto()  # the holder says: outcome known, output drained
     COLLECTED = auto()  # the thread has had the end and all output
@@ -111,6 +112,7 @@ MOVES: Mapping[State, Mapping[Event, Move]] = {
     },
     State.DETACHED: {
         Event.REATTACHED: Move(State.ATTACHED, _TO_WORKER, Holder.WORKER),
+        Event.CLAIMED: Move(State.ATTACHED, (Effect.STOP_PUMP,), Holder.WORKER),
         # No announcement: a detached process sends no events; its one end event goes out at reattach.
         Event.ENDED: Move(State.ENDED),
         # It is still here until it has ended, so that its outcome is real.
@@ -122,6 +124,7 @@ MOVES: Mapping[State, Mapping[Event, Move]] = {
         Event.SKIPPED: Move(State.ENDED, _TO_BROKER, Holder.BROKER),
         Event.WORKER_LOST: Move(State.ENDED, _TO_BROKER, Holder.BROKER),
         Event.REATTACHED: Move(State.ENDED, _TO_WORKER, Holder.WORKER),
+        Event.CLAIMED: Move(State.ENDED, (Effect.STOP_PUMP,), Holder.WORKER),
         # Said again by a worker that took it back, or registered with a new broker.
         Event.ENDED: Move(State.ENDED, (Effect.ANNOUNCE,)),
         Event.COLLECTED: Move(State.GONE, _AWAY, Holder.NOBODY),
@@ -147,11 +150,13 @@ IMPOSSIBLE: Mapping[tuple[State, Event], str] = {
     (State.STARTING, Event.DETACHED): "a worker waits for its starts before it detaches",
     (State.STARTING, Event.REATTACHED): _NOT_OURS,
     (State.STARTING, Event.SKIPPED): _NOT_OURS,
+    (State.STARTING, Event.CLAIMED): "a worker deposits what it has before it registers",
     (State.STARTING, Event.ENDED): "an end is told by a holder, and there is none yet",
     (State.STARTING, Event.COLLECTED): _LIVES,
     (State.STARTING, Event.CLEANED): "clean waits for starts",
     (State.STARTING, Event.EXPIRED): _LIVES,
     (State.ATTACHED, Event.REATTACHED): _NOT_OURS,
+    (State.ATTACHED, Event.CLAIMED): "it is the worker's already",
     (State.ATTACHED, Event.COLLECTED): _LIVES,
     (State.ATTACHED, Event.CLEANED): "clean leaves attached processes alone",
     (State.ATTACHED, Event.EXPIRED): _LIVES,

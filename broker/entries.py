@@ -139,6 +139,8 @@ class Thread(Changing):
         self.worker: Peer | None = None
         # The epoch whose channel is closed, for good if its worker is dead.
         self.hung_up = 0
+        # Epochs whose worker is dead while its spawner lives and has no channel to us: a former broker's.
+        self.unfinished: set[int] = set()
         # Workers that are dead while their spawners still hold their channels: a start may come out of these.
         self.former: set[Peer] = set()
         self.failure = ""

@@ -11,7 +11,7 @@ map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 333
     end                     outcome, output (its head and tail)
     detached, reattached
     worker                  what: up, with epoch and pid; died, with epoch and how
-    broker                  what: up, down; pid
+    broker                  what: up, down, replaced; pid
 
 Always true
     A worker's channel is read before its frame is acted on: what it deposited first is known first.
@@ -21,13 +21,12 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -35,17 +34,22 @@ from typing import Any
 import msgpack
 import zmq
 
-from ..common import channel, ending, kernel, launch, messages, wire
+from ..common import channel, ending, kernel, launch, messages, notify, wire
 from ..common.channel import Channel, Packet, open_parcel
 from ..common.config import Config
+from ..common.connection import until_readable
 from ..common.errors import BadRequest, DeadlineExceeded, HandoffError, OutliveError, PeerError
 from ..common.messages import Body, Register, Reply, Request
 from ..common.outcome import signal_name
 from ..common.paths import Paths, SocketPath
 from ..common.pump import PUMPS, Pumps
+from . import findings
 from .entries import rfc3339
+from .epochs import Epochs
+from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
+from .succession import Inheritance, Succession
 from .threads import ThreadManager
 
 # Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
@@ -54,6 +58,10 @@ RESERVE = 64
 PEERS_RESERVE = 24
 # Seconds that a new connection has for its handshake.
 HANDSHAKE_DEADLINE = 10.0
+# Seconds between two tries to start a keeper, while there is none.
+KEEPER_PAUSE = 5.0
+# Seconds that a candidate for an upgrade has until it asks to take over; it has to load the program.
+CANDIDATE_DEADLINE = 30.0
 # Peers at once: each takes a descriptor or two.
 PEERS_MAX = 1000
 # Events kept for `outlive events`.
@@ -63,14 +71,20 @@ RECENT_EVENTS = 1000
 class Broker:
     """One broker, from its sockets to its end."""
 
-    def __init__(self, paths: Paths, config: Config, mode: str) -> None:
+    def __init__(self, paths: Paths, config: Config, mode: str, inheritance: Inheritance) -> None:
         self._paths = paths
+        self._inheritance = inheritance
+        self.upgrade_failed = inheritance.failure
+        self._successor: Peer | None = None
+        self._candidate = 0
+        self._keeper_timer: asyncio.TimerHandle | None = None
         self._mode = mode
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._peers: dict[str, Peer] = {}
         self._unknown: dict[Peer, asyncio.TimerHandle] = {}
         self._workers: dict[int, tuple[int, str, int, bool]] = {}
+        self._epochs = Epochs(paths.workers)
         self._sequence = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
         self._stopping = asyncio.Event()
@@ -79,25 +93,35 @@ class Broker:
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
         self._operations = Operations(self, self.threads, mode, self._stopping.set)
+        self._keeping = Keeping(
+            inheritance.line, on_found=self._found, on_orphan=self.threads.orphan_ended, on_lost=self._keeper_lost
+        )
 
-    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until told to stop; `on_ready`: called once requests are taken."""
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> Succession | None:
+        """Serve until told to stop, or until another broker takes over; then return what it is to be handed.
+
+        `on_ready`: called once requests are taken.
+        """
         kernel.become_subreaper()
         self._loop.add_signal_handler(signal.SIGCHLD, self.notice_deaths)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_end)
         self._expect_survivors()
+        self._take_inheritance()
         self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
         self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
         # Last: whoever gets through the handshake finds the rest in place.
         self._listener = channel.listen(self._paths.channel)
         self._loop.add_reader(self._listener.fileno(), self._accept)
         self.publish("broker", "", what="up", pid=os.getpid())
+        self._keeping.ready()
         on_ready()
         await self._stopping.wait()
-        self.publish("broker", "", what="down", pid=os.getpid())
+        if self._successor is None:
+            self._keeping.stopping()
+        self.publish("broker", "", what="replaced" if self._successor else "down", pid=os.getpid())
         await asyncio.sleep(0.05)  # the last replies and events are on their way
-        self._close()
+        return self._close()
 
     def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
         socket = wire.new_socket(self._context, kind)
@@ -109,19 +133,32 @@ class Broker:
         return socket
 
     def _asked_to_end(self) -> None:
-        """SIGTERM: end if nothing lives, else say why not: a signal must not cost anybody a process."""
-        if live := len(self.threads.live_entries()):
+        """SIGTERM: end if nothing lives, else say why not: a signal must not cost anybody a process.
+
+        Under systemd, which may be about to start us again, everything is left in its store instead.
+        """
+        if notify.UNIT in os.environ:
+            self._stopping.set()
+        elif live := len(self.threads.live_entries()):
             self.log(f"asked to end while {live} processes live; use `outlive down --force`")
         else:
             self._stopping.set()
 
-    def _close(self) -> None:
+    def _close(self) -> Succession | None:
         self._loop.remove_signal_handler(signal.SIGCHLD)
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
+        handles = self.threads.relinquish()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
         for peer in [*self._peers.values(), *self._unknown]:
-            self._hang_up(peer)
-        self.threads.close()
+            self._loop.remove_reader(peer.channel.fileno())
+            peer.close()
+        if self._keeper_timer:
+            self._keeper_timer.cancel()
+        for pidfd in self._workers:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
         self._control.close()
         self._events.close()
         self._pumps.close()
@@ -129,6 +166,73 @@ class Broker:
             path.unlink(missing_ok=True)
         self._context.destroy(0)
         os.close(self._log_fd)
+        line = self._keeping.let_go()
+        if self._successor:
+            return Succession(self._successor, handles, line, upgrade=self._successor.pid == self._candidate)
+        for left in handles.values():
+            left.close()
+        if line:
+            line.close()
+        return None
+
+    # What came before us, and what comes after.
+
+    def _take_inheritance(self) -> None:
+        """Take up the processes of a former broker."""
+        self._keeping.listen()  # how adopted processes ended comes first
+        for fds in self._inheritance.found.values():
+            self._found(fds)
+        for handles in self._inheritance.handed:
+            self.threads.found(handles, kept=self._inheritance.kept)
+
+    def _found(self, fds: list[int]) -> None:
+        """The keeper has handed us what it keeps of one process."""
+        try:
+            handles = findings.identify(fds, self.log)
+        except PeerError as error:
+            self.log(f"{len(fds)} descriptors from the keeper are closed: {error}")
+            return
+        self.threads.found(handles, kept=True)
+
+    def _keeper_lost(self) -> None:
+        """The keeper has died: unless systemd starts the next, we do; its broker will take over from us."""
+        if notify.UNIT in os.environ:
+            self.log("the keeper has died; systemd starts the next")
+            return
+        self.log("the keeper has died; starting the next")
+        with suppress(OSError):
+            launch.launch("outlive.broker.keeper", log=self._log_fd, forsaken=True)
+        # A second one finds the lock taken, and ends.
+        self._keeper_timer = self._loop.call_later(KEEPER_PAUSE, self._keeper_lost)
+
+    @property
+    def keeper_pid(self) -> int | None:
+        """The pid of the keeper."""
+        line = self._keeping.line
+        return kernel.peer_credentials(line)[0] if line else None
+
+    async def upgrade(self) -> str:
+        """Start a broker of the installed program, which takes over; return why it did not come up."""
+        if self._candidate:
+            raise BadRequest("an upgrade is under way; wait for it")
+        ready, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._candidate = launch.launch(
+                "outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=self._log_fd
+            )
+            os.close(theirs)
+            pidfd = os.pidfd_open(self._candidate)
+            # Once it asks to take over, it is ours to wait no more.
+            came = await until_readable(ready, CANDIDATE_DEADLINE)
+            said = os.read(ready, 4096).decode("utf-8", "replace").strip() if came else ""
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+            return said or ("it died; see the log" if came else f"nothing within {CANDIDATE_DEADLINE:.0f} s")
+        finally:
+            os.close(ready)
+            if self._successor is None:
+                self._candidate = 0
 
     # What the threads ask of us.
 
@@ -163,7 +267,22 @@ class Broker:
         Counted, not looked up: /proc/self/fd takes a millisecond when it is full.
         """
         peers = len(self._peers) + len(self._unknown)
-        return launch.descriptor_limit() - RESERVE - self.threads.descriptors - 2 * peers - len(self._workers)
+        limit = launch.descriptor_limit()
+        ours = limit - RESERVE - self.threads.descriptors - 2 * peers - len(self._workers)
+        # To start a broker with all of them, the keeper needs three numbers each.
+        return min(ours, min(notify.STORE_MAX, limit // 3 - RESERVE) - self.threads.descriptors)
+
+    def keep(self, mark: str, fds: Sequence[int]) -> None:
+        """Have the keeper keep descriptors of a process."""
+        self._keeping.store(mark, fds)
+
+    def unkeep(self, mark: str) -> None:
+        """Have the keeper close them."""
+        self._keeping.remove(mark)
+
+    def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
+        """Tell whether worker and spawners of an epoch are all dead."""
+        return self._epochs.is_over(thread_id, epoch)
 
     def log(self, text: str) -> None:
         """Write a line to the log."""
@@ -172,9 +291,14 @@ class Broker:
     def start_worker(self, thread_id: str, epoch: int) -> int:
         """Start a worker, and watch for its end."""
         arguments = [thread_id, str(epoch), self._mode]
-        pid = launch.launch("outlive.worker", arguments, log=self._log_fd)
-        pidfd = os.pidfd_open(pid)
-        self._watch_worker(pidfd, thread_id, epoch, pid, ours=True)
+        held = self._epochs.open(thread_id, epoch)
+        try:
+            pid = launch.launch("outlive.worker", arguments, fds=[held], log=self._log_fd)
+        except OSError:
+            os.close(held)
+            raise
+        self._epochs.write(held, pid)
+        self._watch_worker(os.pidfd_open(pid), thread_id, epoch, pid, ours=True)
         return pid
 
     def kill_worker(self, pid: int) -> None:
@@ -188,7 +312,6 @@ class Broker:
     def _watch_worker(self, pidfd: int, thread_id: str, epoch: int, pid: int, *, ours: bool) -> None:
         self._workers[pidfd] = (pid, thread_id, epoch, ours)
         self._loop.add_reader(pidfd, self._worker_died, pidfd)
-        self._remember_worker(thread_id, {"pid": pid, "start": kernel.start_time(pid), "epoch": epoch})
 
     def _worker_died(self, pidfd: int) -> None:
         if pidfd not in self._workers:  # SIGCHLD was first
@@ -203,37 +326,22 @@ class Broker:
                     exited = result.si_code == os.CLD_EXITED
                     how = f"exit status {result.si_status}" if exited else signal_name(result.si_status)
         os.close(pidfd)
-        self._remember_worker(thread_id, None)
         for peer in list(self._peers.values()):
             if peer.role == "worker" and peer.pid == pid:
                 self._read_channel(peer)
         self.threads.worker_died(thread_id, epoch, how)
 
-    def _remember_worker(self, thread_id: str, facts: dict[str, Any] | None) -> None:
-        """Keep a note for the next broker, which must not start a second worker beside a surviving one."""
-        path = self._paths.workers / thread_id
-        with suppress(OSError):
-            if facts is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_text(json.dumps(facts), encoding="ascii")
-
     def _expect_survivors(self) -> None:
-        for path in list(self._paths.workers.iterdir()):
+        for survivor in self._epochs.survivors():
             try:
-                facts = json.loads(path.read_text(encoding="ascii"))
-                pid, start, epoch = facts["pid"], facts["start"], facts["epoch"]
-                if kernel.is_dead(pid, start):
-                    raise ProcessLookupError
-                pidfd = os.pidfd_open(pid)
-            except (OSError, ValueError, KeyError, TypeError):
-                path.unlink(missing_ok=True)
+                if survivor.pidfd < 0:
+                    self.threads.unfinished(survivor.thread_id, survivor.epoch)
+                    continue
+                self.threads.expect(survivor.thread_id, survivor.epoch, survivor.pid)
+            except OutliveError as error:
+                self.log(f"a survivor of {survivor.thread_id} is left alone: {error}")
                 continue
-            if kernel.is_dead(pid, start):
-                os.close(pidfd)
-                continue
-            self.threads.expect(path.name, epoch, pid)
-            self._watch_worker(pidfd, path.name, epoch, pid, ours=False)
+            self._watch_worker(survivor.pidfd, survivor.thread_id, survivor.epoch, survivor.pid, ours=False)
 
     def notice_deaths(self) -> None:
         """SIGCHLD: bury our workers, and reap orphans that came to us; how ours ended is recorded before."""
@@ -314,7 +422,8 @@ class Broker:
         if peer.role is None:
             self._hello(peer, packet)
         elif kind == "deposit" and peer.role == "worker":
-            self.threads.deposited(peer, open_parcel(packet))
+            kept = packet.message.get("kept") is True
+            self.threads.deposited(peer, open_parcel(packet), kept=kept)
         elif kind == "undeposit" and peer.role == "worker" and message.get("thread") == peer.thread_id:
             self.threads.never_ran(peer.thread_id, str(message.get("process")))
         else:
@@ -325,6 +434,9 @@ class Broker:
         if packet.kind != "hello":
             raise PeerError(f"packet {packet.kind!r:.40} before hello")
         role = message.get("role")
+        if role == "successor":
+            self._succeed(peer)
+            return
         if role == "client":
             token = peer.admit("client")
         elif role == "worker":
@@ -341,6 +453,15 @@ class Broker:
         self._peers[token] = peer
         with suppress(OSError):  # it has died meanwhile; its end of file comes next
             peer.channel.send("welcome", token=token, broker_pid=os.getpid(), protocol=messages.VERSION)
+
+    def _succeed(self, peer: Peer) -> None:
+        """Another broker is there to take over: stop serving, for `run` to hand everything over."""
+        if self._successor:
+            raise PeerError("another broker is about to take over")
+        self._unknown.pop(peer).cancel()
+        self._loop.remove_reader(peer.channel.fileno())
+        self._successor = peer
+        self._stopping.set()
 
     def _hang_up(self, peer: Peer) -> None:
         if peer.channel.fileno() < 0:
@@ -446,7 +567,9 @@ class Broker:
             return
         if isinstance(body, Register):
             assert peer.route is not None
-            self._answer(peer.route, wire.success(request.id, self.threads.registered(peer, body.processes)))
+            self._answer(
+                peer.route, wire.success(request.id, self.threads.registered(peer, body.processes, body.starting))
+            )
         elif isinstance(body, messages.Collected):
             # After the reply that went before it has been passed on: writing a file takes its time.
             self._loop.call_soon(self.threads.noticed, peer, body)

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -60,6 +61,12 @@ _ENDING = {1, 2, 3, 6, 9, 15}
 _KILLED_WITHIN = 5.0
 
 
+@cache
+def _version() -> str:
+    """Return the version of the program that runs: the files may be another one's after an upgrade."""
+    return metadata.version("outlive")
+
+
 class Operations:
     """All client requests, by their type."""
 
@@ -69,7 +76,7 @@ class Operations:
         self._mode = mode
         self._stop = stop
         self._started = time.time_ns()
-        self._version = metadata.version("outlive")  # it reads files
+        self._version = _version()
         self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
             messages.ExecCommand: self.exec_command,
             messages.WriteStdin: self.write_stdin,
@@ -86,12 +93,13 @@ class Operations:
             messages.Clean: self.clean,
             messages.Shutdown: self.shutdown,
             messages.Status: self.status,
+            messages.Upgrade: self.upgrade,
             messages.Down: self.down,
         }
 
     async def carry_out(self, body: Body, deadline: float | None) -> Any:
         """Do what a client asks, and return the result."""
-        if not isinstance(body, messages.Status | messages.CreateThread):
+        if not isinstance(body, messages.Status | messages.CreateThread | messages.Upgrade):
             await self._threads.survivors_reported(getattr(body, "thread", None))
         return await self._by_type[type(body)](body, deadline)
 
@@ -318,7 +326,7 @@ class Operations:
             "version": self._version,
             "protocol": messages.VERSION,
             "broker_pid": os.getpid(),
-            "keeper_pid": None,
+            "keeper_pid": self._world.keeper_pid,
             "threads": {
                 "awake": sum(phase not in (Phase.ASLEEP, Phase.FAILED) for phase in phases),
                 "asleep": phases.count(Phase.ASLEEP),
@@ -331,7 +339,11 @@ class Operations:
             "transcript_mode": self._mode,
             "descriptors_left": self._world.descriptors_left(),
             "started_at": rfc3339(self._started),
+            "upgrade_failed": self._world.upgrade_failed or None,
         }
+
+    async def upgrade(self, call: messages.Upgrade, deadline: float | None) -> None:
+        raise Unavailable(f"the new broker did not come up, and this one goes on: {await self._world.upgrade()}")
 
     # Acting on processes.
 

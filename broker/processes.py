@@ -15,9 +15,10 @@ import os
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -29,14 +30,16 @@ from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError,
 from ..common.held import Held
 from ..common.launch import MARK
 from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Orphaned
+from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
 from ..common.transcript import Transcript
-from . import custody
+from . import custody, findings
 from .archive import Record, ThreadArchive
 from .custody import Effect, Event, Holder, State
 from .detached import DetachedStore
 from .entries import Entry, Thread
+from .findings import EVENTS, VERDICTS, Leaseholder, Verdict
 from .lifecycle import Phase
 from .peers import Peer
 
@@ -47,6 +50,8 @@ WRITES_MAX = 64
 WRITE_DELAY = 0.05
 # Threads at most: each has files, and a worker when awake.
 THREADS_MAX = 10_000
+# Ends of adopted processes that are remembered until their descriptors are found.
+ORPHANS_MAX = 4096
 # Milliseconds that the kernel may take to execute a program: microseconds, unless it comes from a slow disk.
 _EXECUTES_WITHIN = 50
 
@@ -55,6 +60,15 @@ class World(Protocol):
     """What the loop does for us."""
 
     deltas_wanted: bool
+    # Why the last upgrade did not come up; empty for one that did.
+    upgrade_failed: str
+
+    @property
+    def keeper_pid(self) -> int | None:
+        """The keeper's pid, if there is one."""
+
+    async def upgrade(self) -> str:
+        """Have the installed program take over; return why it did not come up."""
 
     def start_worker(self, thread_id: str, epoch: int) -> int:
         """Start a worker and return its pid; raises `OSError`."""
@@ -73,6 +87,15 @@ class World(Protocol):
 
     def descriptors_left(self) -> int:
         """How many descriptors may still be opened before the reserve."""
+
+    def keep(self, mark: str, fds: Sequence[int]) -> None:
+        """Have the keeper keep descriptors of the process with this mark."""
+
+    def unkeep(self, mark: str) -> None:
+        """Have it close them."""
+
+    def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
+        """Tell whether worker and spawners of this epoch are all dead."""
 
     def log(self, text: str) -> None:
         """Write to the log."""
@@ -95,6 +118,8 @@ class Processes(ABC):
         self._to_write: list[Callable[[], None]] = []
         self._writing_soon: asyncio.TimerHandle | None = None
         self._batch: Future[None] | None = None
+        # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
+        self._orphans: dict[int, list[tuple[int, int]]] = {}
         for folder in sorted(paths.threads.iterdir()):
             if folder.is_dir():
                 try:
@@ -232,8 +257,11 @@ class Processes(ABC):
 
     # Deposits.
 
-    def deposited(self, peer: Peer, parcel: dict[tuple[str, str], Handles]) -> None:
-        """A worker or its spawner has deposited descriptors; raises `PeerError`, closing what it refuses."""
+    def deposited(self, peer: Peer, parcel: dict[tuple[str, str], Handles], *, kept: bool) -> None:
+        """A worker or its spawner has deposited descriptors; raises `PeerError`, closing what it refuses.
+
+        `kept`: the keeper has them already.
+        """
         refused = []
         for (thread_id, process_id), handles in parcel.items():
             if thread_id != peer.thread_id:
@@ -241,14 +269,14 @@ class Processes(ABC):
                 refused.append(f"{thread_id}/{process_id} belongs to another thread")
                 continue
             try:
-                self._deposit(peer, (thread_id, process_id), handles)
+                self._deposit(peer, (thread_id, process_id), handles, kept=kept)
             except PeerError as error:
                 handles.close()
                 refused.append(f"{thread_id}/{process_id}: {error}")
         if refused:
             raise PeerError("; ".join(refused))
 
-    def _deposit(self, peer: Peer, key: tuple[str, str], handles: Handles) -> None:
+    def _deposit(self, peer: Peer, key: tuple[str, str], handles: Handles, *, kept: bool) -> None:
         thread = self.threads[key[0]]
         entry = thread.entries.get(key[1])
         if entry is None:
@@ -260,21 +288,93 @@ class Processes(ABC):
                 raise PeerError(f"its transcript is of {facts.thread_id}/{facts.process_id}")
             if self._world.descriptors_left() <= 0:
                 raise PeerError("no descriptors left to hold it")
-            entry = Entry(key, peer.epoch)
-            entry.transcript = transcript
-            thread.entries[key[1]] = entry
-            thread.archive.use(key[1])
-        self._adopt(entry, handles)
+            entry = self._enter(thread, key, peer.epoch, transcript)
+        self._adopt(entry, handles, kept=kept)
         if entry.transcript:
             entry.pid = entry.transcript.live().pid
         if entry.state is State.STARTING and entry.handles.pidfd >= 0:
             alive = thread.epoch == peer.epoch and thread.worker_pid is not None
             self._started(entry, Event.STARTED if alive else Event.STARTED_ALONE)
 
-    def _adopt(self, entry: Entry, handles: Handles) -> None:
-        before = len(entry.handles)
+    def _enter(self, thread: Thread, key: tuple[str, str], epoch: int, transcript: Transcript) -> Entry:
+        entry = Entry(key, epoch)
+        entry.transcript = transcript
+        thread.entries[key[1]] = entry
+        thread.archive.use(key[1])
+        return entry
+
+    def _adopt(self, entry: Entry, handles: Handles, *, kept: bool) -> None:
+        new = [fd for role, fd in handles.held().items() if getattr(entry.handles, role) < 0]
         entry.handles.adopt(handles)
-        self.descriptors += len(entry.handles) - before
+        self.descriptors += len(new)
+        if new and not kept and entry.transcript:
+            self._world.keep(entry.transcript.facts.mark, new)
+
+    # What a former broker left.
+
+    def found(self, handles: Handles, *, kept: bool) -> None:
+        """Take up a process of a former broker, as if it had been deposited now; closes what cannot be served."""
+        transcript = Transcript(handles.transcript)
+        facts = transcript.facts
+        key = facts.thread_id, facts.process_id
+        try:
+            thread = self.create(facts.thread_id)
+        except OutliveError as error:
+            self._world.log(f"process {key} is left to the keeper: {error}")
+            handles.close()
+            return
+        entry = thread.entries.get(facts.process_id)
+        if entry is None and facts.process_id in thread.archive:
+            handles.close()  # its record was written, and then there was no time to have it closed
+            self._world.unkeep(facts.mark)
+            return
+        lease = transcript.live().lease
+        epoch = lease.epoch if lease else 0
+        thread.epoch = max(thread.epoch, epoch)
+        if entry is None:
+            entry = self._enter(thread, key, epoch, transcript)
+        elif not kernel.is_same_file(entry.handles.transcript, handles.transcript):
+            # An id is never given out twice, so one of them is a forgery or worse; the first one has been served.
+            self._world.log(f"process {key}: another one of this name was found, of mark {facts.mark}; closed")
+            handles.close()
+            return
+        self._adopt(entry, handles, kept=kept)
+        if entry.state is State.STARTING:
+            self._judge(entry)
+
+    def _judge(self, entry: Entry) -> None:
+        """Decide about a found process by the table, and do it."""
+        transcript = entry.transcript
+        assert transcript is not None
+        live = transcript.live()
+        entry.pid = live.pid
+        holder = Leaseholder.NOBODY
+        if live.lease and not live.lease.holder_is_dead():
+            holder = Leaseholder.ALIVE
+        elif live.lease and live.lease.epoch and not self._world.epoch_is_over(entry.key[0], live.lease.epoch):
+            holder = Leaseholder.UNFINISHED
+        verdict = VERDICTS[findings.progress(entry.handles, transcript), holder]
+        if verdict is Verdict.LOOK:
+            self._resolve_start(entry)
+        elif verdict is Verdict.MOVE:
+            self._started(entry, EVENTS[holder])
+
+    def orphan_ended(self, pid: int, start: int, status: int) -> None:
+        """A keeper tells how a process ended that it had adopted: the only one who knows, on an older Linux."""
+        entry = self.entry_by_pid(pid)
+        if entry and entry.transcript and _is_of(entry.transcript, start):
+            entry.transcript.record_outcome(Outcome.from_status(status, entry.transcript.live().by))
+        elif entry is None:
+            self._orphans.setdefault(pid, []).insert(0, (start, status))
+            if len(self._orphans) > ORPHANS_MAX:
+                del self._orphans[next(iter(self._orphans))]
+
+    def _recall(self, transcript: Transcript) -> None:
+        """Record how a found process ended, if a keeper told us before."""
+        for start, status in self._orphans.get(transcript.live().pid, ()):
+            if _is_of(transcript, start):
+                transcript.record_outcome(Outcome.from_status(status, transcript.live().by))
+                return
 
     def _started(self, entry: Entry, event: Event) -> None:
         """It runs; if that came too late for its own worker, the next one may be waiting for it."""
@@ -312,11 +412,12 @@ class Processes(ABC):
             self.move(entry, Event.NEVER_RAN)
             return
         pidfd = _find(live.pid, transcript)
-        if pidfd is None and live.outcome is None:
+        self._recall(transcript)
+        if pidfd is None and transcript.live().outcome is None:
             self.move(entry, Event.VANISHED)
             return
         if pidfd is not None:
-            self._adopt(entry, Handles({"pidfd": pidfd}))
+            self._adopt(entry, Handles({"pidfd": pidfd}), kept=False)
         entry.pid = live.pid
         self._started(entry, Event.STARTED_ALONE)
 
@@ -361,6 +462,10 @@ class Processes(ABC):
             thread.archive.keep(msgspec.to_builtins(entry.row(thread.worker_pid)), entry.transcript)
         elif effect is Effect.CLOSE_HANDLES:
             self.descriptors -= len(entry.handles)
+            if entry.transcript:
+                # After the record was written: a broker that dies in between must find either.
+                loop, mark = asyncio.get_running_loop(), entry.transcript.facts.mark
+                self._write_later(partial(_later, loop, self._world.unkeep, mark))
             entry.handles.close()
 
     def _start_pump(self, entry: Entry) -> None:
@@ -419,22 +524,36 @@ class Processes(ABC):
         with suppress(OutliveError):
             await peer.call(order, self._world.transmit)
 
-    def close(self) -> None:
-        """Close every descriptor."""
+    def relinquish(self) -> dict[tuple[str, str], Handles]:
+        """Stop pumping and writing, and return the handles of every process, now the caller's."""
         for task in self._tasks:
             task.cancel()
+        left = {}
         for entry in list(self.entries()):
-            if (handles := self.store.remove(entry.key)) is not None:
-                entry.handles = handles
-            entry.handles.close()
+            left[entry.key] = self.store.remove(entry.key) or entry.handles
+            entry.handles = Handles()
         self.store.close()
         self._write_now()
         self._writer.shutdown()
+        return left
+
+
+def _later(loop: asyncio.AbstractEventLoop, do: Callable[[str], None], mark: str) -> None:
+    loop.call_soon_threadsafe(do, mark)
 
 
 def _starting_pid(entry: Entry) -> int:
     """Return the pid of a process whose spawner has not told it, and may be dead."""
     return entry.transcript.live().pid if entry.state is State.STARTING and entry.transcript else 0
+
+
+def _is_of(transcript: Transcript, start: int) -> bool:
+    """Tell whether the process that started at `start`, in clock ticks since boot, as the transcript's pid is its.
+
+    It had started when it marked the header; whoever had the pid later started after that.
+    """
+    ticks = os.sysconf("SC_CLK_TCK")
+    return start <= transcript.marked_at() * ticks // 1_000_000_000
 
 
 def _find(pid: int, transcript: Transcript) -> int | None:

@@ -14,13 +14,14 @@ import asyncio
 from contextlib import suppress
 
 from ..common.config import Config
+from ..common.descriptors import Handles
 from ..common.errors import Unavailable
 from ..common.messages import Bye, Deltas, Welcome
 from ..common.paths import Paths
 from ..common.pump import Pump, Pumps
 from . import lifecycle
 from .custody import Event, Holder, State
-from .entries import Thread
+from .entries import Entry, Thread
 from .lifecycle import Effect, Life, Phase
 from .peers import Peer
 from .processes import Processes, World
@@ -28,6 +29,11 @@ from .processes import Processes, World
 # Seconds after its start that a broker waits for the workers that survived the former one.  They try again at least
 # every five (`Link`).
 SURVIVORS_DEADLINE = 10.0
+# Seconds that a call waits for the last start of a former broker's worker: it takes milliseconds, unless its
+# directory is on a dead network mount.
+UNFINISHED_DEADLINE = 10.0
+# Seconds between two looks at whether a spawner is at its end, which the kernel tells nobody but its parent.
+_LOOK = 0.02
 
 
 class Workers(Processes):
@@ -64,9 +70,19 @@ class Workers(Processes):
             pass
 
     async def started(self, thread: Thread, call_id: str) -> None:
-        """Wait while a spawner whose worker is dead may still be about to start something for this call."""
-        while any(call_id in peer.starts for peer in thread.former):
-            await thread.changed()
+        """Wait while a spawner whose worker is dead may still be about to start something for this call.
+
+        Raises `Unavailable` when the spawner of a former broker's worker does not come to its end.
+        """
+        try:
+            async with asyncio.timeout(UNFINISHED_DEADLINE if thread.unfinished else None):
+                while thread.unfinished or any(call_id in peer.starts for peer in thread.former):
+                    await thread.changed()
+        except TimeoutError:
+            raise Unavailable(
+                f"thread {thread.thread_id}: a start that its former worker began is not over, and may be "
+                "this one; try again"
+            ) from None
 
     async def death_proved(self, thread: Thread, peer: Peer) -> None:
         """Wait until a worker that hung up is dead, or has come back with another channel."""
@@ -97,12 +113,14 @@ class Workers(Processes):
     def expect(self, thread_id: str, epoch: int, pid: int) -> None:
         """Take note of a worker that survived a former broker, and will report."""
         thread = self.create(thread_id)
+        if epoch < thread.epoch:
+            return
         thread.epoch, thread.worker_pid = epoch, pid
         thread.life = Life(Phase.STARTING)
         thread.expected = True
 
-    def registered(self, peer: Peer, process_ids: list[str]) -> Welcome:
-        """A worker has said that it is up, and what it holds; return what it is told."""
+    def registered(self, peer: Peer, process_ids: list[str], starting: list[str]) -> Welcome:
+        """A worker has said that it is up, what it holds, and what it is starting; return what it is told."""
         thread = self.threads[peer.thread_id]
         if thread.worker and thread.worker is not peer:
             thread.worker.hang_up()
@@ -110,19 +128,31 @@ class Workers(Processes):
         thread.expected = False
         thread.hung_up = 0
         for entry in list(thread.entries.values()):
-            # Its channel broke within a handoff: given and not taken, or given back and not told.
-            theirs = entry.custody.holder is Holder.WORKER and entry.epoch == peer.epoch
-            unheld = entry.key[1] not in process_ids and entry.transcript and entry.transcript.live().lease is None
-            if theirs and unheld:
-                self.move(entry, Event.DETACHED)
-                self.settle(entry)
+            if entry.key[1] in process_ids:
+                if entry.custody.holder is Holder.BROKER and entry.key not in self.store:
+                    entry.epoch = peer.epoch
+                    self.move(entry, Event.CLAIMED)
+            elif entry.epoch == peer.epoch and entry.custody.holder is not Holder.BROKER:
+                self._unheld(entry, under_way=entry.key[1] in starting)
         self._live(thread, lifecycle.Event.REGISTERED)
         return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
+
+    def _unheld(self, entry: Entry, *, under_way: bool) -> None:
+        """A worker registered without a process that is its by our books, or by its header."""
+        assert entry.transcript is not None
+        if entry.transcript.live().lease is None:
+            # Its channel broke within a handoff: given and not taken, or given back and not told.
+            if entry.state is not State.STARTING:
+                self.move(entry, Event.DETACHED)
+                self.settle(entry)
+        elif not under_way:
+            self.orphaned(*entry.key)
 
     def worker_died(self, thread_id: str, epoch: int, how: str) -> None:
         """The kernel says that a thread's worker is dead."""
         thread = self.threads[thread_id]
         if thread.epoch != epoch:
+            self._lost(thread, epoch)  # of a former broker, beside a later one
             return
         peer, thread.worker, thread.worker_pid = thread.worker, None, None
         if peer:
@@ -132,13 +162,22 @@ class Workers(Processes):
             thread.former.add(peer)
         thread.failure = how
         self._world.publish("worker", thread_id, what="died", epoch=epoch, how=how)
+        self._lost(thread, epoch)
+        if thread.hung_up == epoch or peer is None:  # its channel closed first, and the spawner had it too
+            self._resolve_starts(thread, epoch)
+        self._live(thread, lifecycle.Event.DIED)
+
+    def _lost(self, thread: Thread, epoch: int) -> None:
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.custody.holder is not Holder.BROKER:
                 self.move(entry, Event.WORKER_LOST)
                 self.settle(entry)  # it may have died before it could say that this one was collected
-        if thread.hung_up == epoch:  # its channel closed first, and the spawner had it too
-            self._resolve_starts(thread, epoch)
-        self._live(thread, lifecycle.Event.DIED)
+
+    def unfinished(self, thread_id: str, epoch: int) -> None:
+        """A former broker's worker is dead, and its spawner lives."""
+        thread = self.create(thread_id)
+        thread.epoch = max(thread.epoch, epoch)
+        self._resolve_starts(thread, epoch)
 
     def channel_closed(self, peer: Peer) -> None:
         """No more deposits come through it.  A worker that lives will come back with another channel."""
@@ -155,10 +194,16 @@ class Workers(Processes):
             self._resolve_starts(thread, peer.epoch)
 
     def _resolve_starts(self, thread: Thread, epoch: int) -> None:
-        """Worker and spawner of this epoch are both gone: what has not started never will."""
+        """Once worker and spawners of this epoch are all gone, what has not started never will."""
+        if not self._world.epoch_is_over(thread.thread_id, epoch):
+            thread.unfinished.add(epoch)
+            asyncio.get_running_loop().call_later(_LOOK, self._resolve_starts, thread, epoch)
+            return
+        thread.unfinished.discard(epoch)
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.state is State.STARTING:
                 self._resolve_start(entry)
+        thread.tell()
 
     def dismiss(self, thread: Thread) -> None:
         """Send the thread's worker to bed."""
@@ -205,8 +250,8 @@ class Workers(Processes):
         if thread.life.phase is not Phase.PAUSING and (timer := self._timers.pop(thread.thread_id, None)):
             timer.cancel()
 
-    def close(self) -> None:
-        """Stop waiting, and close every descriptor."""
+    def relinquish(self) -> dict[tuple[str, str], Handles]:
+        """Stop waiting, too."""
         for timer in self._timers.values():
             timer.cancel()
-        super().close()
+        return super().relinquish()

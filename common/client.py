@@ -55,6 +55,7 @@ from .messages import (
     Shutdown,
     Status,
     ThreadRow,
+    Upgrade,
     Wait,
     WriteStdin,
     outcome_from_wire,
@@ -145,6 +146,24 @@ class Host:
         finally:
             os.close(pidfd)
         return answer
+
+    async def upgrade(self) -> dict[str, Any]:
+        """Have the installed program take over from the running broker and keeper; return the new `status`.
+
+        No process and no worker is touched.  Raises `Unavailable`, saying why, when the new one does not come up:
+        then the old one serves on.
+        """
+        before = (await self.status())["broker_pid"]
+        try:
+            await self.call(Upgrade(), type(None), repeat=False)
+        except Interrupted:
+            status = await self.status()
+            if status["broker_pid"] != before:
+                return status
+            raise Unavailable(
+                f"the new broker did not come up, and the old one goes on: {status['upgrade_failed']}"
+            ) from None
+        raise AssertionError("an upgrade is answered only by an error")
 
     async def recent_events(self) -> list[dict[str, Any]]:
         """Return the last events, oldest first, deltas left out."""

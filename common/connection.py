@@ -165,12 +165,13 @@ async def _greet(paths: Paths, link: Channel) -> str:
 
 
 def _start_broker(paths: Paths) -> str:
-    """Start a broker that is nobody's child, and return the one line it says; empty when it said none."""
+    """Start a keeper that is nobody's child; return the one line its broker says, empty when it said none."""
     paths.prepare()
     ready, theirs = os.pipe()
     log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        pid = launch.launch("outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=log, forsaken=True)
+        arguments = [str(launch.FIRST_FD)]
+        pid = launch.launch("outlive.broker.keeper", arguments, fds=[theirs], log=log, forsaken=True)
     finally:
         os.close(theirs)
         os.close(log)

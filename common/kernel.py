@@ -29,6 +29,9 @@ _MFD_NOEXEC_SEAL = 0x08
 _F_SEAL_EXEC = 0x20
 _SO_PEERPIDFD = 77
 _TIOCSIG = 0x40045436
+_TIOCGPTN = 0x80045430
+# The number of the system call, which libc does not wrap.
+_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}.get(os.uname().machine, -1)
 # _IOWR(0xFF, 11, struct pidfd_info), for the struct's first published size of 64 bytes.
 _PIDFD_GET_INFO = 0xC040FF0B
 _PIDFD_INFO_PID = 1 << 0
@@ -165,6 +168,26 @@ def pidfd_pid(pidfd: int) -> int | None:
                 pid = int(line[4:])
                 return pid if pid > 0 else None
     return None
+
+
+def is_pidfd(fd: int) -> bool:
+    """Tell whether `fd` is a pidfd."""
+    return "pidfd" in os.readlink(f"/proc/self/fd/{fd}").rpartition("/")[2]
+
+
+def is_pty_master(fd: int) -> bool:
+    """Tell whether `fd` is the master of a pseudoterminal."""
+    try:
+        fcntl.ioctl(fd, _TIOCGPTN, b"\0\0\0\0")
+    except OSError:
+        return False
+    return True
+
+
+def is_same_file(first: int, second: int) -> bool:
+    """Tell whether two descriptors are the same open file, with one position; `False` where nobody can tell."""
+    pid = os.getpid()
+    return bool(_libc.syscall(_KCMP, pid, pid, 0, first, second) == 0)
 
 
 def is_reaped(pidfd: int) -> bool:

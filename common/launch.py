@@ -13,8 +13,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from types import MappingProxyType
 
 # Names a child gets, and that nothing of ours may carry: a tree that must be killed is found by them.
 THREAD = b"OUTLIVE_THREAD"
@@ -23,6 +24,8 @@ MARK = b"OUTLIVE_MARK"
 # Names that only our own processes carry.
 ROLE = b"OUTLIVE_ROLE"
 LIMITS = b"OUTLIVE_LIMITS"
+# What a supervisor tells whom it starts; not meant for somebody that is nobody's child.
+_SUPERVISION = (b"NOTIFY_SOCKET", b"OUTLIVE_UNIT", b"LISTEN_PID", b"LISTEN_FDS", b"LISTEN_FDNAMES")
 # Where the first given descriptor appears in the new process; the others follow.
 FIRST_FD = 3
 
@@ -35,18 +38,23 @@ def launch(
     *,
     fds: Sequence[int] = (),
     log: int = -1,
+    extra: Mapping[str, str] = MappingProxyType({}),
     forsaken: bool = False,
 ) -> int:
     """Start `python -m MODULE ARGUMENTS...` and return the pid that the caller has to reap.
 
-    `fds` appear there as 3, 4, …; standard input and output are /dev/null, standard error is `log`.
+    `fds` appear there as 3, 4, …; standard input and output are /dev/null, standard error is `log`; its environment
+    is ours and `extra`.
     `forsaken`: it is to be nobody's child, and the returned pid is that of a shell which ends at once.
     """
-    environment = {name: value for name, value in os.environb.items() if name not in (THREAD, PROCESS, MARK, ROLE)}
+    foreign = (THREAD, PROCESS, MARK, ROLE, *(_SUPERVISION if forsaken else ()))
+    environment = {name: value for name, value in os.environb.items() if name not in foreign}
     environment[ROLE] = module.rpartition("outlive.")[2].encode()
+    environment |= {name.encode(): value.encode() for name, value in extra.items()}
     # Two steps, since a number we want to fill may be one that we still have to copy from; by way of numbers
     # that are neither.
-    numbers = (at for at in count(FIRST_FD + len(fds)) if at not in fds and at != log)
+    taken = {*fds, log}
+    numbers = (at for at in count(FIRST_FD + len(fds)) if at not in taken)
     steps = list(zip(fds, range(FIRST_FD, FIRST_FD + len(fds)), numbers, strict=False))
     # What others left open in us for whatever we start, such as a shell's `9>lock`, must not live as long.
     strangers = set(_inheritable()) - set(range(FIRST_FD + len(fds)))

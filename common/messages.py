@@ -21,7 +21,10 @@ import msgspec
 
 from .outcome import Outcome
 
+# Raised only by a change that is no addition.  Two sides that differ speak the lower of their versions; one older
+# than `OLDEST` is refused, and its processes go to a worker of today.
 VERSION = 1
+OLDEST = 1
 
 # Bytes of input in one call.  More is typed in several calls.
 CHARS_MAX = 1 << 20
@@ -218,6 +221,10 @@ class RecentEvents(Body, frozen=True, kw_only=True):
     """The last events, deltas left out."""
 
 
+class Upgrade(Body, frozen=True, kw_only=True):
+    """Have the installed program take over from the broker; answered only when it does not come up."""
+
+
 class Down(Body, frozen=True, kw_only=True):
     """End the broker; refused while processes live, unless `force`.  Keeps its shape for ever."""
 
@@ -265,9 +272,10 @@ class Bye(Body, frozen=True, kw_only=True):
 
 
 class Register(Body, frozen=True, kw_only=True):
-    """I am up, and hold these processes (none at a first start)."""
+    """I am up, and hold these processes, and am starting those (none at a first start)."""
 
     processes: list[Text] = []
+    starting: list[Text] = []
 
 
 class Welcome(Body, frozen=True, kw_only=True):
@@ -346,6 +354,7 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     Shutdown,
     Status,
     RecentEvents,
+    Upgrade,
     Down,
 )
 WORKER_BODIES: tuple[type[Body], ...] = (

@@ -56,6 +56,16 @@ class Paths:
         return self.run / "lock"
 
     @property
+    def keeper_lock(self) -> Path:
+        """Locked by the one keeper of this runtime folder."""
+        return self.run / "keeper.lock"
+
+    @property
+    def keeper(self) -> Path:
+        """The keeper's socket, for what it is to keep."""
+        return self.run / "keeper"
+
+    @property
     def control(self) -> Path:
         """The ZeroMQ socket for requests and replies."""
         return self.run / "control"

@@ -9,6 +9,8 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
          8     2  version         creator       1
         12     4  base            creator       where the stream starts: whole pages
         16     4  static length   creator       of the msgpack map at 512
+        24     8  conduit         creator       inode number of that pipe; 0: none
+        32     8  inlet           creator       likewise
         64     4  pid             child         before it executes its program
         68     4  started         child         1 once pid is valid: the mark that it ran
         72     8  lease start     lease holder  start time of the holder, clock ticks since boot
@@ -25,9 +27,11 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
        168     8  ended at        who knows     nanoseconds since 1970
        176     4  outcome valid   who knows     1 once the three above are true
        184   128  reason          who knows     UTF-8, zero-padded, for `lost`
+       312     8  marked at       child         nanoseconds since boot, before pid: it had started by then
        512     …  static          creator       msgpack map, see `Facts`
 
-All numbers are little-endian; a value is written first, its valid flag after.
+All numbers are little-endian; a value is written first, its valid flag after.  The lease is taken under a lock of
+the kernel's on its bytes, so that of two who find it free one gets it.
 
 Always true
     The file position, shared by all copies of the descriptor, is where the next byte goes: nobody may lseek,
@@ -38,6 +42,7 @@ Always true
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import time
@@ -48,7 +53,7 @@ from typing import Any
 import msgpack
 
 from . import kernel
-from .errors import BadRequest, PeerError, shown
+from .errors import BadRequest, HandoffError, PeerError, shown
 from .outcome import BYS, KINDS, By, Outcome
 from .paths import check_process, check_thread
 
@@ -59,7 +64,7 @@ _STATIC_AT = 512
 # 2 MiB of argv and environment is what Linux accepts for one program; a static part beyond it is no header.
 _STATIC_MAX = 2 << 20
 
-_PREFIX = struct.Struct("<8sHHII")
+_PREFIX = struct.Struct("<8sHHII4xQQ")
 _STARTED = struct.Struct("<II")
 _LEASE = struct.Struct("<QIII")
 _U64 = struct.Struct("<Q")
@@ -68,16 +73,8 @@ _TYPED = struct.Struct("<QQ")
 _HOLES = struct.Struct("<QQQQ")
 _OUTCOME = struct.Struct("<IiQI")
 _LIVE = struct.Struct("<II QIII4x Q QQQQ QQ I4x IiQI4x 128s")
-_PID_AT, _LEASE_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT, _BY_AT, _OUTCOME_AT, _REASON_AT = (
-    64,
-    72,
-    96,
-    104,
-    136,
-    152,
-    160,
-    184,
-)
+_PIPES_AT, _PID_AT, _LEASE_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT = 24, 64, 72, 96, 104, 136
+_BY_AT, _OUTCOME_AT, _REASON_AT, _MARKED_AT = 152, 160, 184, 312
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +240,7 @@ class Transcript:
         prefix = os.pread(fd, _PREFIX.size + 4, 0)
         if len(prefix) < _PREFIX.size:
             raise PeerError("transcript header: too short")
-        magic, version, _, base, static_length = _PREFIX.unpack_from(prefix)
+        magic, version, _, base, static_length, _, _ = _PREFIX.unpack_from(prefix)
         if magic != MAGIC:
             raise PeerError(f"transcript header: magic is {magic!r}, not {MAGIC!r}")
         if version != VERSION:
@@ -266,8 +263,11 @@ class Transcript:
         return transcript
 
     @staticmethod
-    def create(facts: Facts, lease: Lease) -> int:
-        """Return the descriptor of a new, empty transcript in state `starting`, leased to `lease`."""
+    def create(facts: Facts, lease: Lease, *, conduit: int = 0, inlet: int = 0) -> int:
+        """Return the descriptor of a new, empty transcript in state `starting`, leased to `lease`.
+
+        `conduit`, `inlet`: the inode numbers of its pipes, by which whoever finds them tells them apart.
+        """
         static = facts.to_bytes()
         if len(static) > _STATIC_MAX:
             raise ValueError(f"command line and directory take {len(static)} bytes; at most {_STATIC_MAX}")
@@ -277,7 +277,7 @@ class Transcript:
             os.ftruncate(fd, base)
             os.pwrite(fd, static, _STATIC_AT)
             os.pwrite(fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
-            os.pwrite(fd, _PREFIX.pack(MAGIC, VERSION, 0, base, len(static)), 0)
+            os.pwrite(fd, _PREFIX.pack(MAGIC, VERSION, 0, base, len(static), conduit, inlet), 0)
             # The one seek in a transcript's life, before anybody else has a copy.
             os.lseek(fd, base, os.SEEK_SET)
             kernel.seal(fd)
@@ -359,6 +359,31 @@ class Transcript:
             ended_at,
         )
 
+    def pipes(self) -> tuple[int, int]:
+        """Return the inode numbers of conduit and inlet; 0 for one that there is not."""
+        conduit, inlet = struct.unpack("<QQ", os.pread(self.fd, 16, _PIPES_AT))
+        return conduit, inlet
+
+    def marked_at(self) -> int:
+        """Return by when the process had started, in nanoseconds since boot; 0 while it has not."""
+        (moment,) = _U64.unpack(os.pread(self.fd, 8, _MARKED_AT))
+        return int(moment)
+
+    def claim_lease(self, lease: Lease) -> None:
+        """Become the pumper if the lease is free, ours, or of a holder proved dead; else raise `HandoffError`."""
+        span = _LEASE.size, _LEASE_AT
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, *span)
+        except BlockingIOError:
+            raise HandoffError(f"process {self.facts.process_id}: somebody is taking the lease") from None
+        try:
+            holder = self.live().lease
+            if holder is not None and holder != lease and not holder.holder_is_dead():
+                raise HandoffError(f"process {self.facts.process_id}: {holder} still holds the lease")
+            self.take_lease(lease)
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, *span)
+
     def take_lease(self, lease: Lease) -> None:
         """Become the pumper.  Only after the former holder said that it stopped, or is proved dead."""
         os.pwrite(self.fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
@@ -435,6 +460,7 @@ class Transcript:
 
 def mark_started(fd: int, pid: int) -> None:
     """Record, in the child and before it executes its program, that it runs as `pid`."""
+    os.pwrite(fd, _U64.pack(time.clock_gettime_ns(time.CLOCK_BOOTTIME)), _MARKED_AT)
     os.pwrite(fd, _U32.pack(pid), _PID_AT)
     os.pwrite(fd, _U32.pack(1), _PID_AT + 4)
 

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from .errors import BadRequest, OutliveError, PeerError, SpawnError, from_wire
-from .messages import VERSION, Body, Failure, Ops, Reply, Request, op_of
+from .messages import OLDEST, VERSION, Body, Failure, Ops, Reply, Request, op_of
 
 # Bytes of one frame: a command line and environment (2 MiB at most for Linux), or a piece of transcript.
 FRAME_MAX = 4 << 20
@@ -69,8 +69,9 @@ def decode(frame: bytes) -> Request | Reply:
         raise PeerError(f"frame of {len(frame)} bytes is not msgpack: {error}") from None
     if not isinstance(table, dict):
         raise PeerError(f"frame is a {type(table).__name__}, not a map")
-    if table.get("v") != VERSION:
-        raise PeerError(f"field `v` is {table.get('v')!r:.40}; this side speaks version {VERSION}")
+    version = table.get("v")
+    if not isinstance(version, int) or not OLDEST <= version <= VERSION:
+        raise PeerError(f"field `v` is {version!r:.40}; this side speaks versions {OLDEST} to {VERSION}")
     return convert(table, Request) if "op" in table else convert(table, Reply)
 
 

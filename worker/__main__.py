@@ -1,7 +1,8 @@
 """`python -m outlive.worker THREAD EPOCH MODE`: what the broker starts; not for people.
 
 EPOCH numbers the workers of a thread.  MODE is that of the pump, `spliced` or `copied`: the broker has tried out
-what this machine can.  Standard error is the broker's log.
+what this machine can.  Descriptor 3 is the locked file of the epoch (`broker.epochs`).  Standard error is the
+broker's log.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .session import Session
 
 async def _run(thread_id: str, epoch: int, mode: str) -> None:
     paths = Paths.from_environment()
-    await Session(paths, thread_id, epoch, mode, load(paths.config)).run()
+    await Session(paths, thread_id, epoch, mode, load(paths.config), lock=launch.FIRST_FD).run()
 
 
 def main() -> int:
@@ -28,6 +29,7 @@ def main() -> int:
     thread_id, epoch, mode = sys.argv[1:4]
     os.chdir("/")
     launch.raise_limits()
+    os.set_inheritable(launch.FIRST_FD, False)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     try:

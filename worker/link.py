@@ -51,6 +51,7 @@ class Link:
         on_connected: Callable[[Channel, Welcome], None],
         on_lost: Callable[[], None],
         deposits: Callable[[], dict[tuple[str, str], dict[str, int]]],
+        starting: Callable[[], list[str]],
     ) -> None:
         self._paths = paths
         self._thread_id = thread_id
@@ -60,6 +61,7 @@ class Link:
         self._on_connected = on_connected
         self._on_lost = on_lost
         self._deposits = deposits
+        self._starting = starting
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
         self._port: wire.Port | None = None
@@ -133,7 +135,8 @@ class Link:
         self._open_control()
         self._registered = self._loop.create_future()
         held = sorted(process_id for _, process_id in self._deposits())
-        self._transmit(wire.request(Register(processes=held), id=1, token=self._token))
+        register = Register(processes=held, starting=self._starting())
+        self._transmit(wire.request(register, id=1, token=self._token))
         async with asyncio.timeout(HANDSHAKE_DEADLINE):
             welcome = await self._registered
         self._on_connected(link, welcome)

@@ -80,8 +80,14 @@ class _Spawner:
 class Nursery:
     """All spawners of this worker; usually one."""
 
-    def __init__(self, log: Path | None = None, on_orphan: Callable[[Facts], None] = lambda _: None) -> None:
-        """`on_orphan`: told of a start that was under way when its spawner died."""
+    def __init__(
+        self, log: Path | None = None, on_orphan: Callable[[Facts], None] = lambda _: None, *, lock: int = -1
+    ) -> None:
+        """`on_orphan`: told of a start whose end the broker may not know, its spawner or a broker having died.
+
+        `lock`: shows that this epoch is not over; the spawners inherit it.
+        """
+        self._lock = lock
         self._log = log
         self._on_orphan = on_orphan
         self._numbers = itertools.count(1)
@@ -93,6 +99,11 @@ class Nursery:
     def pids(self) -> list[int]:
         """The spawners' pids."""
         return [spawner.pid for spawner in self._spawners]
+
+    @property
+    def starting(self) -> list[str]:
+        """The ids of the processes that are being started."""
+        return [start.facts.process_id for spawner in self._spawners for start in spawner.starts.values()]
 
     def use_broker(self, broker: Channel | None) -> None:
         """Deposit with this broker from now on."""
@@ -113,7 +124,12 @@ class Nursery:
                 pass
         finally:
             os.close(fd)
-        handles = await start.handles
+        try:
+            handles = await start.handles
+        except SpawnError:
+            if self._broker is not start.broker:  # the spawner told nobody, or one who is gone
+                self._on_orphan(order.facts)
+            raise
         if self._broker and self._broker is not start.broker:
             # The spawner had its order before it heard of this broker, and deposited with the former one.
             rows, fds = parcel_rows({(order.facts.thread_id, order.facts.process_id): handles.held()})
@@ -161,7 +177,8 @@ class Nursery:
         ours, theirs = channel.pair()
         log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if self._log else -1
         try:
-            pid = launch("outlive.worker.spawner", fds=[theirs.fileno()], log=log)
+            lock = [self._lock] if self._lock >= 0 else []
+            pid = launch("outlive.worker.spawner", fds=[theirs.fileno(), *lock], log=log)
         except OSError as error:
             ours.close()
             raise SpawnError(f"no spawner: {error.strerror}", "spawner") from error

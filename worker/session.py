@@ -32,11 +32,12 @@ from .processes import ProcessManager
 class Session:
     """The worker of one thread in one epoch."""
 
-    def __init__(self, paths: Paths, thread_id: str, epoch: int, mode: str, config: Config) -> None:
+    def __init__(self, paths: Paths, thread_id: str, epoch: int, mode: str, config: Config, *, lock: int) -> None:
+        """`lock`: an open file that the broker has locked, for as long as anything of this epoch lives."""
         loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._pumps = Pumps(loop)
-        self._nursery = Nursery(paths.log, self._orphaned)
+        self._nursery = Nursery(paths.log, self._orphaned, lock=lock)
         self._done = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._link = Link(
@@ -48,6 +49,7 @@ class Session:
             on_connected=self._connected,
             on_lost=lambda: self._nursery.use_broker(None),
             deposits=lambda: self.manager.deposits(),
+            starting=lambda: self._nursery.starting,
         )
         self.manager = ProcessManager(
             thread_id, epoch, self._nursery, self._pumps, PUMPS[mode], self._link.send, config

@@ -10,12 +10,15 @@ worker's own channel to the broker, which it was given a copy of.
                        failed    number, stage, message
     to the broker      deposit   a parcel: first what was made before the fork, then what the fork made
                        undeposit the process never ran
+    to the keeper      the same descriptors, before the broker gets them: `common.notify`
 
 Always true
     What exists before the fork is deposited before the fork, and the child says that it runs before it executes
     its program: whatever dies in between, the header tells whether the command may be started again.
     A forked child that has not said so dies with its spawner.
     An outcome is recorded before its process is reaped.
+    What was deposited is with the keeper before it is with the broker, so that both broker and worker may die; a
+    broker that died before it took the deposit is replaced by one to which the keeper hands it.
     When the worker's end closes, the spawner finishes what it is doing and ends, so that its children are
     adopted by whoever can go on recording.
 """
@@ -34,7 +37,7 @@ from typing import Any, ClassVar
 import msgpack
 import ptyprocess
 
-from ..common import ending, kernel, launch
+from ..common import ending, kernel, launch, notify
 from ..common.channel import Channel, Packet, parcel_rows
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, OutliveError, PeerError, SpawnError
@@ -92,6 +95,7 @@ class Spawner:
     def __init__(self, worker: Channel) -> None:
         self.worker = worker
         self.broker: Channel | None = None
+        self.keeper = notify.Notifier()
         self.children: dict[int, _Child] = {}
         self.limits = launch.original_limits()
         self.poller = select.epoll()
@@ -142,7 +146,8 @@ class Spawner:
             try:
                 pid = self._start(facts, order, handles)
             except BaseException:
-                self._tell_broker("undeposit", thread=key[0], process=key[1])
+                if not self._tell_broker("undeposit", thread=key[0], process=key[1]):
+                    self.keeper.tell(notify.removed(facts.mark))
                 raise
         except (OutliveError, OSError) as error:
             handles.close()
@@ -161,19 +166,22 @@ class Spawner:
     def _start(self, facts: Facts, order: dict[str, Any], handles: Handles) -> int:
         """Make, deposit, fork, deposit; return the pid.  What was made is in `handles` even after an error."""
         lease = Lease(*order["lease"])
-        try:
-            handles.transcript = Transcript.create(facts, lease)
-        except ValueError as error:
-            raise SpawnError(str(error), "prepare") from None
         output_write = -1
+        pipes = {}
         try:
             if facts.tty:
                 handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
                 handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
                 _shrink(handles.conduit_write)
+                ends = {"conduit": handles.conduit_read, "inlet": handles.inlet_read}
+                pipes = {name: os.fstat(end).st_ino for name, end in ends.items()}
             else:
                 handles.terminal, output_write = os.pipe()
                 os.set_blocking(handles.terminal, False)
+            try:
+                handles.transcript = Transcript.create(facts, lease, **pipes)
+            except ValueError as error:
+                raise SpawnError(str(error), "prepare") from None
             self._deposit(facts, handles.held(), strict=True)
             command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits, os.getpid())
             if facts.tty:
@@ -193,14 +201,17 @@ class Spawner:
 
     def _deposit(self, facts: Facts, held: dict[str, int], *, strict: bool) -> None:
         rows, fds = parcel_rows({(facts.thread_id, facts.process_id): held})
-        self._tell_broker("deposit", fds, strict=strict, processes=rows)
+        kept = self.keeper.store(facts.mark, fds)
+        if not self._tell_broker("deposit", fds, strict=strict, processes=rows, kept=kept) and kept:
+            self.keeper.tell({"FORWARD": "1", "FDNAME": notify.name_of(facts.mark)})
 
-    def _tell_broker(self, kind: str, fds: list[int] | None = None, *, strict: bool = False, **fields: Any) -> None:
-        """Send to the broker if there is one; a dead one is forgotten: the worker deposits with the next."""
+    def _tell_broker(self, kind: str, fds: list[int] | None = None, *, strict: bool = False, **fields: Any) -> bool:
+        """Send to the broker; `False` when there is none: a dead one is forgotten, the worker finds the next."""
         if self.broker is None:
-            return
+            return False
         try:
             self.broker.send_patiently(kind, fds, **fields)
+            return True
         except HandoffError as error:
             if isinstance(error.__cause__, OSError):
                 self.broker.close()
@@ -209,6 +220,7 @@ class Spawner:
                 raise SpawnError(
                     f"the broker does not take the process's descriptors: {error}", "deposit"
                 ) from None
+            return False
 
     def _bury(self, child: _Child) -> None:
         pidfd = child.handles.pidfd

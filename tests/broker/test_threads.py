@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,13 @@ class World:
     """The loop, as a list of what it was asked to do."""
 
     deltas_wanted = False
+    upgrade_failed = ""
+    keeper_pid = None
 
     def __init__(self) -> None:
+        # Marks of processes that the keeper was told to close, and epochs of which something lives.
+        self.unkept: list[str] = []
+        self.living: set[int] = set()
         self.workers: list[tuple[str, int]] = []
         self.requests: list[Request] = []
         self.published: list[tuple[str, str | None, dict[str, Any]]] = []
@@ -60,6 +65,21 @@ class World:
 
     def descriptors_left(self) -> int:
         return self.left
+
+    async def upgrade(self) -> str:
+        return ""
+
+    def kill_worker(self, pid: int) -> None:
+        """Nobody is stuck here."""
+
+    def keep(self, mark: str, fds: Sequence[int]) -> None:
+        """The spawners have done it."""
+
+    def unkeep(self, mark: str) -> None:
+        self.unkept.append(mark)
+
+    def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
+        return epoch not in self.living
 
     def notice_deaths(self) -> None:
         """They are told by the test."""
@@ -91,7 +111,7 @@ class Stage:
         self.peer = Peer(ours, self.thread.worker_pid or 0, None)
         self._peers.append(self.peer)
         self.peer.admit("worker", "t", self.thread.epoch)
-        self.manager.registered(self.peer, [])
+        self.manager.registered(self.peer, [], [])
         assert await waiting is self.peer
         for _ in range(5):  # it is given what is detached
             await asyncio.sleep(0)
@@ -99,7 +119,7 @@ class Stage:
 
     def deposit(self, handles: Handles, process_id: str, peer: Peer | None = None) -> None:
         copies = Handles({role: os.dup(fd) for role, fd in handles.held().items()})
-        self.manager.deposited(peer or self.peer, {("t", process_id): copies})
+        self.manager.deposited(peer or self.peer, {("t", process_id): copies}, kept=True)
 
     def attach(self, process_id: str, *argv: str) -> Handles:
         """Have the worker start a process and pump it; return the worker's own copies."""
@@ -149,7 +169,8 @@ class Stage:
             await self.entry(process_id).changed()
 
     def close(self) -> None:
-        self.manager.close()
+        for handles in self.manager.relinquish().values():
+            handles.close()
         for peer in self._peers:
             peer.close()
         for theirs in self.theirs:
@@ -365,7 +386,7 @@ async def test_a_deposit_that_is_refused_closes_its_descriptors_and_takes_the_re
         ("t", "1000"): Handles({role: os.dup(fd) for role, fd in good.held().items()}),
     }
     with pytest.raises(PeerError, match=r"other/1 belongs.*t/2: .*t/1.*t/3: .*transcript"):
-        stage.manager.deposited(peer, parcel)
+        stage.manager.deposited(peer, parcel, kept=False)
     assert list(stage.thread.entries) == ["1000"]
     assert descriptors() == before + 7
     for handles in (good, foreign, bare):
@@ -404,7 +425,7 @@ async def back(stage: Stage, *process_ids: str) -> Peer:
     peer = Peer(ours, stage.thread.worker_pid or 0, None)
     stage._peers.append(peer)
     peer.admit("worker", "t", stage.thread.epoch)
-    stage.manager.registered(peer, list(process_ids))
+    stage.manager.registered(peer, list(process_ids), [])
     return peer
 
 

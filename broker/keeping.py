@@ -1,0 +1,166 @@
+"""The keeper, as the broker sees it: what it holds for us, what we have it keep, what it tells.
+
+Nothing waits for it: what it has no room for at this moment is queued here, with descriptors of our own.  Without a
+keeper (`python -m outlive.broker` by hand) everything here does nothing, and a dead broker loses what is detached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..common import notify
+from ..common.notify import Fields
+from ..common.paths import SocketPath
+
+
+class Keeping:
+    """Our end of the keeper.  The callbacks are called from the loop."""
+
+    def __init__(
+        self,
+        line: socket.socket | None,
+        *,
+        on_found: Callable[[list[int]], None],
+        on_orphan: Callable[[int, int, int], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """`line`: from the keeper to us.  `on_found`: descriptors of one process, theirs from then on.
+
+        `on_orphan`: pid, start time and wait status of an adopted process that has ended.
+        """
+        self._line = line
+        self._on_found = on_found
+        self._on_orphan = on_orphan
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[tuple[Fields, list[int]]] = deque()
+        self._socket: socket.socket | None = None
+        path = os.environ.get(notify.ADDRESS)
+        if path and line:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+            with SocketPath(Path(path)) as address, suppress(OSError):
+                self._socket.connect(address)
+        if line:
+            line.setblocking(False)
+            self._loop.add_reader(line.fileno(), self._receive)
+
+    @property
+    def line(self) -> socket.socket | None:
+        """The keeper's line to us, to be handed to a successor; `None` when there is no keeper."""
+        return self._line
+
+    def listen(self) -> None:
+        """Take in what the keeper has told by now."""
+        if self._line:
+            self._receive()
+
+    def store(self, mark: str, fds: Sequence[int]) -> None:
+        """Have it keep these descriptors, which stay ours too."""
+        self._tell(notify.stored(mark), fds)
+
+    def remove(self, mark: str) -> None:
+        """Have it close what it keeps of the process with this mark."""
+        self._tell(notify.removed(mark))
+
+    def ready(self) -> None:
+        """Say that we are the broker, and take requests."""
+        self._tell({"MAINPID": str(os.getpid())})
+        self._tell({"READY": "1"})
+
+    def stopping(self) -> None:
+        """Say that our end is wanted."""
+        self._tell({"STOPPING": "1"})
+
+    def _tell(self, fields: Fields, fds: Sequence[int] = ()) -> None:
+        if self._socket is None:
+            return
+        if not self._queue and self._sent(fields, fds):
+            return
+        if not self._queue:
+            self._loop.add_writer(self._socket.fileno(), self._flush)
+        self._queue.append((fields, [os.dup(fd) for fd in fds]))
+
+    def _sent(self, fields: Fields, fds: Sequence[int]) -> bool:
+        assert self._socket is not None
+        try:
+            notify.send(self._socket, fields, fds)
+        except BlockingIOError:
+            return False
+        except OSError:  # it has died; the next one gets everything anew
+            pass
+        return True
+
+    def _flush(self) -> None:
+        while self._queue:
+            fields, fds = self._queue[0]
+            if not self._sent(fields, fds):
+                return
+            _close(fds)
+            self._queue.popleft()
+        if self._socket:
+            self._loop.remove_writer(self._socket.fileno())
+
+    def _receive(self) -> None:
+        while self._line:
+            try:
+                datagram = notify.receive(self._line)
+            except BlockingIOError:
+                return
+            except OSError:
+                datagram = None
+            if datagram is None:
+                self.close()
+                self._on_lost()
+                return
+            fields, fds, _ = datagram
+            if "ORPHAN" in fields:
+                numbers = [fields.get(name, "") for name in ("ORPHAN", "START", "STATUS")]
+                if all(number.isdecimal() for number in numbers):
+                    self._on_orphan(*map(int, numbers))
+            elif fds:
+                self._on_found(fds)
+                fds = []
+            _close(fds)
+
+    def let_go(self) -> socket.socket | None:
+        """Return the line for a successor; we hear nothing more, and say only what is queued."""
+        line, self._line = self._line, None
+        if line:
+            self._loop.remove_reader(line.fileno())
+        self.close()
+        return line
+
+    def close(self) -> None:
+        """Hang up; what is queued goes if there is room."""
+        if self._line:
+            self._loop.remove_reader(self._line.fileno())
+            self._line.close()
+            self._line = None
+        if self._socket:
+            self._loop.remove_writer(self._socket.fileno())
+            self._socket.setblocking(True)
+            self._socket.settimeout(notify.SEND_DEADLINE)
+            with suppress(OSError):
+                self._flush_all()
+            self._socket.close()
+            self._socket = None
+
+    def _flush_all(self) -> None:
+        assert self._socket is not None
+        while self._queue:
+            fields, fds = self._queue.popleft()
+            with suppress(OSError):
+                notify.send(self._socket, fields, fds)
+            _close(fds)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
