@@ -418,14 +418,14 @@ async def test_a_live_worker_keeps_its_lease_whatever_its_channel_does(stage: St
     handles.close()
 
 
-async def back(stage: Stage, *process_ids: str) -> Peer:
-    """Have the living worker come back with another channel, holding these."""
+async def back(stage: Stage, *process_ids: str, starting: Sequence[str] = ()) -> Peer:
+    """Have the living worker come back with another channel, holding these and about to get those."""
     ours, theirs = channel.pair()
     stage.theirs.append(theirs)
     peer = Peer(ours, stage.thread.worker_pid or 0, None)
     stage._peers.append(peer)
     peer.admit("worker", "t", stage.thread.epoch)
-    stage.manager.registered(peer, list(process_ids), [])
+    stage.manager.registered(peer, list(process_ids), list(starting))
     return peer
 
 
@@ -437,7 +437,7 @@ async def test_what_a_worker_gave_back_before_its_channel_broke_is_pumped_when_i
         Transcript(handles.transcript).take_lease(worker)
     Transcript(given.transcript).release_lease()  # exported, and its word of that is lost
     stage.close_channel(peer)
-    await back(stage, "2000")  # 3000 has started, and the worker is about to hear of it
+    await back(stage, "2000", starting=["3000"])  # it has started, and the worker is about to hear of it
     assert [stage.entry(name).custody.holder for name in ("1000", "2000", "3000")] == [
         Holder.BROKER,
         Holder.WORKER,

@@ -284,7 +284,7 @@ def test_an_unknown_request_is_named_and_so_are_the_known_ones() -> None:
     [
         (b"", "not msgpack"),
         (b"\x90", "is a list, not a map"),
-        (b"\x80", "`v` is None; this side speaks version 1"),
+        (b"\x80", "`v` is None; this side speaks versions 1"),
         (b"\x81\xa1v\x02", "`v` is 2"),
         (b"\x82\xa1v\x01\xa2op\x05", "at `\\$.op`"),
         (b"\x81\xa1v\x01", "missing required field `id`"),
