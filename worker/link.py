@@ -4,7 +4,7 @@
     control    ZeroMQ: requests in, replies and notices out
 
 When the channel reaches its end of file the broker is gone: the worker keeps pumping and serving what it has,
-tries again for ever with growing pauses, registers, and deposits what a new broker lacks.
+tries again for ever, at first quickly, then with growing pauses, registers, and deposits what a new broker lacks.
 
 Always true
     Nothing is queued for a broker that is away; what it must know is in the headers, and told at registration.
@@ -27,8 +27,10 @@ from ..common.errors import HandoffError, OutliveError, PeerError
 from ..common.messages import Body, Register, Reply, Request, Welcome
 from ..common.paths import Paths, SocketPath
 
-# Seconds between two attempts to reach a broker: the first, and the longest.
-FIRST_PAUSE = 0.05
+# Seconds between two attempts to reach a broker while it is likely to be back in a moment (a keeper starts one anew
+# in a fraction of a second, and callers wait), for how long that is, and the longest pause afterwards.
+FIRST_PAUSE = 0.02
+BACK_WITHIN = 2.0
 LONGEST_PAUSE = 5.0
 # Seconds that a broker has for the handshake and for the answer to a registration.
 HANDSHAKE_DEADLINE = 10.0
@@ -74,32 +76,33 @@ class Link:
 
     async def run(self) -> None:
         """Connect, and connect again whenever the broker was lost; raises `PeerError` when it refuses us."""
-        pause = FIRST_PAUSE
+        pause, since = FIRST_PAUSE, self._loop.time()
         while True:
             try:
                 await self._connect()
             except (OSError, TimeoutError, HandoffError):
                 self._drop()
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
-                continue
-            connected = self._loop.time()
-            await self._lost.wait()
-            self._drop()
-            self._on_lost()
-            if self._loop.time() - connected > pause:
-                pause = FIRST_PAUSE
-            else:  # it hangs up on us as soon as we come
-                await asyncio.sleep(pause)
+            else:
+                connected = self._loop.time()
+                await self._lost.wait()
+                self._drop()
+                self._on_lost()
+                if self._loop.time() - connected > FIRST_PAUSE:
+                    pause, since = FIRST_PAUSE, self._loop.time()
+                    continue
+                # It hangs up on us as soon as we come.
+            await asyncio.sleep(pause)
+            if self._loop.time() - since > BACK_WITHIN:
                 pause = min(pause * 2, LONGEST_PAUSE)
 
     def send(self, body: Body) -> None:
         """Send a notice, if there is a broker to hear it, together with what else is said in this turn."""
         self._transmit(wire.request(body, token=self._token))
 
-    def reply(self, reply: Reply) -> None:
-        """Send a reply, if there is a broker to hear it."""
+    def reply(self, reply: Reply) -> bool:
+        """Send a reply, if there is a broker to hear it; tell whether there is."""
         self._transmit(reply)
+        return self._port is not None
 
     def claim(self, tickets: list[str]) -> dict[tuple[str, str], Handles]:
         """Return the parcels with these tickets, now the caller's; raises `HandoffError` for a missing one."""

@@ -5,6 +5,7 @@ depends on it: when the worker is killed, its children run on.
 
 Always true
     A request is answered before the processes it has collected are let go: the broker passes answers on in order.
+    An answer that no broker could hear lets nothing go: its caller asks again.
 """
 
 from __future__ import annotations
@@ -109,8 +110,7 @@ class Session:
             traceback.print_exc()
             reply = wire.failure(request.id, OutliveError(f"{request.op}: {error!r}; see the log"))
         if request.id:
-            self._link.reply(reply)
-            self.manager.settle()
+            self.manager.settle(heard=self._link.reply(reply))
 
     async def _import(self, body: messages.Import) -> Any:
         parcel = self._link.claim(body.tickets)
