@@ -8,6 +8,7 @@ tries again for ever, at first quickly, then with growing pauses, registers, and
 
 Always true
     Nothing is queued for a broker that is away; what it must know is in the headers, and told at registration.
+    A reply goes to the broker that asked, and to no other.
     Parcels that no message claims are closed after `UNCLAIMED` seconds: the broker still has its copies.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import select
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -58,6 +60,8 @@ class Link:
         self._thread_id = thread_id
         self._epoch = epoch
         self._context = context
+        # Counts the connections: a request is answered on its own, since the next broker counts requests anew.
+        self.connection = 0
         self._on_request = on_request
         self._on_connected = on_connected
         self._on_lost = on_lost
@@ -99,10 +103,18 @@ class Link:
         """Send a notice, if there is a broker to hear it, together with what else is said in this turn."""
         self._transmit(wire.request(body, token=self._token))
 
-    def reply(self, reply: Reply) -> bool:
-        """Send a reply, if there is a broker to hear it; tell whether there is."""
-        self._transmit(reply)
-        return self._port is not None
+    def reply(self, reply: Reply, connection: int) -> None:
+        """Send a reply, if the broker that asked, on that `connection`, is still there to hear it."""
+        if connection == self.connection:
+            self._transmit(reply)
+
+    def hears(self, connection: int) -> bool:
+        """Tell whether the broker of that connection is there, by the kernel: the loop may learn it later."""
+        if connection != self.connection or self._channel is None or self._port is None:
+            return False
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLRDHUP)
+        return not poll.poll(0)
 
     def claim(self, tickets: list[str]) -> dict[tuple[str, str], Handles]:
         """Return the parcels with these tickets, now the caller's; raises `HandoffError` for a missing one."""
@@ -173,6 +185,7 @@ class Link:
         self._address = SocketPath(self._paths.control)
         socket.connect(f"ipc://{self._address.text}")
         self._port = wire.Port(socket, self._receive)
+        self.connection += 1
 
     def _transmit(self, message: Request | Reply) -> None:
         if self._port is None:

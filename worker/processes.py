@@ -210,21 +210,22 @@ class ProcessManager:
         finally:
             self._talked(call.process_id)
 
-    def settle(self, *, heard: bool = True) -> None:
+    def settle(self, heard: Callable[[], bool] = lambda: True) -> None:
         """Drop the processes whose end and all output were in answers that have been sent.
 
-        `heard`: whether there was a broker to hear them; else they are kept for the repetitions.
+        `heard` tells whether there is a broker to hear them; else they are kept for the repetitions.
         """
-        if not heard:
-            self._answered.clear()
-            return
+        told = []
         for process_id in self._answered:
             managed = self._processes.get(process_id)
             if managed is None or not managed.held.ended or self._talking[process_id]:
                 continue
             if managed.held.transcript.live().delivered >= managed.held.pump.written:
-                self._drop(managed)
+                told.append(managed)
         self._answered.clear()
+        if told and heard():
+            for managed in told:
+                self._drop(managed)
 
     # Handoff.
 

@@ -93,11 +93,11 @@ class Session:
         self._link.send(Orphaned(process_id=facts.process_id))
 
     def _requested(self, request: Request) -> None:
-        task = asyncio.create_task(self._serve(request))
+        task = asyncio.create_task(self._serve(request, self._link.connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, request: Request) -> None:
+    async def _serve(self, request: Request, connection: int) -> None:
         try:
             body = wire.body_of(request, messages.WORKER_OPS)
             if request.deadline is not None and kernel.boottime() > request.deadline:
@@ -110,7 +110,8 @@ class Session:
             traceback.print_exc()
             reply = wire.failure(request.id, OutliveError(f"{request.op}: {error!r}; see the log"))
         if request.id:
-            self.manager.settle(heard=self._link.reply(reply))
+            self._link.reply(reply, connection)
+            self.manager.settle(lambda: self._link.hears(connection))
 
     async def _import(self, body: messages.Import) -> Any:
         parcel = self._link.claim(body.tickets)

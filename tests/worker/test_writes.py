@@ -147,7 +147,7 @@ async def test_an_answer_that_no_broker_heard_lets_nothing_go(house: Any) -> Non
     desk = house.desk()
     process_id = await shell(desk)
     assert (await desk.write(process_id, b"\x04", ms=30_000, write_id="w")).exit_code == 0
-    desk.manager.settle(heard=False)
+    desk.manager.settle(lambda: False)
     desk.manager.settle()
     assert desk.manager.process_ids == [process_id]
     await desk.write(process_id, b"\x04", write_id="w")
