@@ -148,9 +148,7 @@ async def test_the_answer_to_a_former_broker_is_not_taken_for_one_to_the_next(
     await until_said(home, "mixed", process_id, b"got x")
     await kill_broker(home)
     # Each broker counts its requests from 1: one of these has the number that the worker still has to answer.
-    later = [thread.exec_command(["echo", str(n)], yield_time_ms=4_000) for n in range(2)]
-    assert [(await one).output for one in later] == ["0\n", "1\n"]
-    waiting = [asyncio.create_task(thread.exec_command(["sleep", "1000"], yield_time_ms=4_000)) for _ in range(8)]
+    waiting = [asyncio.create_task(thread.exec_command(["sleep", "1000"], yield_time_ms=6_000)) for _ in range(8)]
     assert process_id not in {answer.process_id for answer in await asyncio.gather(*waiting)}
     assert (await call).process_id == process_id
 
