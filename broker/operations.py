@@ -3,8 +3,10 @@
 Requests that a worker carries out are sent there, and sent again to the next worker when it dies, if doing so
 cannot do anything twice: `exec_command` counts once by its call id, and reading repeats nothing.  Of input only
 what, by the transcript's header, was not typed yet is sent again; where that cannot tell, the caller gets
-`Interrupted`.  What the broker holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin`
-(unless told not to) wake a sleeping thread.
+`Interrupted`.  A caller that lost a former broker and asks again (`first_asked`) is answered by the worker that
+knows the call, or has held the process all the time; what nobody knows about is typed by nobody.  What the broker
+holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin` (unless told not to) wake a
+sleeping thread.
 
 Each method does the request of its name, which `common.messages` describes.  The one that is not here,
 `RecentEvents`, is answered by the loop, which remembers them.
@@ -147,19 +149,37 @@ class Operations:
             return result
 
     async def write_stdin(self, call: WriteStdin, deadline: float | None) -> Any:
-        asked = len(call.chars)
+        asked, asked_at = len(call.chars), kernel.boottime()
         while True:
             found = self._find(call.thread, call.process_id)
+            thread = self._threads.get(call.thread)
             earlier = asked - len(call.chars)  # bytes typed by workers that died before they could say so
             if isinstance(found, Record):
-                answer = found.answer(call.max_output_tokens, call.since, typed_nothing=bool(call.chars))
+                again = call.first_asked is not None
+                if again and (remembered := await self._remembered(thread, call, earlier, deadline)):
+                    return remembered
+                answer = found.answer(
+                    call.max_output_tokens, call.since, typed_nothing=bool(call.chars) and not again
+                )
+                if again and call.chars:
+                    answer.warnings.append(
+                        "the broker was lost during the call; the process has ended, and whether it got the input "
+                        "before is not known"
+                    )
                 return msgspec.structs.replace(answer, typed=earlier)
-            thread = self._threads.get(call.thread)
             if call.resume:
                 await self._worker_to_type(thread, call, earlier)
             await self._threads.handed_over(thread)
             peer = thread.worker
             if found.custody.holder is Holder.BROKER:
+                if call.first_asked is not None:
+                    if remembered := await self._remembered(thread, call, earlier, deadline):
+                        return remembered
+                    if call.chars:
+                        raise Interrupted(
+                            f"the broker was lost during the call; process {call.process_id} lives, but whether it "
+                            "got the input is not known: look at its output first"
+                        )
                 yield_s = write_yield(call.yield_time_ms, call.chars, typed=call.typed)
                 with self._talk(found) as held:
                     answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
@@ -171,15 +191,18 @@ class Operations:
             if peer is None:  # it is coming back, or about to be found dead
                 await thread.changed()
                 continue
-            before = found.transcript.live().typed if found.transcript else 0
+            # What a repetition's first try had typed, no counter tells.
+            first = call.first_asked is None
+            before = found.transcript.live().typed if found.transcript and first else -1
             types = bool(call.chars)
             found.typists += types
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
                 await self._threads.death_proved(thread, peer)  # until then it may still be typing
-                if thread.worker_pid == peer.pid and call.chars:
-                    before = -1
+                if thread.worker_pid == peer.pid and call.write_id:  # it lives, and knows what it has typed
+                    call = msgspec.structs.replace(call, first_asked=call.first_asked or asked_at)
+                    continue
                 call = self._still_to_type(found, call, before)
                 continue
             except UnknownProcess:
@@ -199,11 +222,11 @@ class Operations:
         """Return what of a call is still to be done after its worker died; the header says what was typed.
 
         Raises `Interrupted` where it cannot say: the worker died within a write, two callers typed at once, or
-        (`before` is -1) the worker lives and only its connection broke.
+        (`before` is -1) some of it may have been typed before this was counted.
         """
         live = entry.transcript.live() if entry.transcript else None
         known = live is not None and live.typing == live.typed and before >= 0
-        typed = live.typed - before if live else 0
+        typed = live.typed - before if live and call.chars else 0
         if call.chars and (not known or (typed and entry.typists > 1)):
             raise Interrupted(
                 f"the worker of thread {call.thread} died while it typed; process {call.process_id} lives, but how "
@@ -211,6 +234,20 @@ class Operations:
             )
         rest = call.chars[typed:] if call.chars else b""
         return msgspec.structs.replace(call, chars=rest, since=entry.relayed, typed=call.typed or typed > 0)
+
+    async def _remembered(self, thread: Thread, call: WriteStdin, earlier: int, deadline: float | None) -> Any:
+        """Return what the thread's worker, if one is up, has answered or will answer to this call; else `None`.
+
+        It does not hold the process any more, so it can type nothing now.
+        """
+        if thread.worker is None or not call.write_id:
+            return None
+        try:
+            result = await thread.worker.call(call, self._world.transmit, deadline)
+        except (WorkerGone, OutliveError):
+            return None
+        self._relayed(thread, result)
+        return {**result, "typed": earlier + result["typed"]}
 
     async def _worker_to_type(self, thread: Thread, call: WriteStdin, earlier: int) -> None:
         """Wait for a worker; raises `Unavailable`, which may be tried again, only if nothing was typed yet."""

@@ -9,8 +9,9 @@
 Always true
     A call that is repeated, by us or by its caller with the same `call_id`, starts nothing twice while its process
     is held or the broker that saw it end keeps its record.
-    A lost broker is found, or started, again; only input that may have been typed, and `down`, are errors to their
-    caller.
+    A lost broker is found, or started, again, and what was asked is asked again.  Input is repeated under its
+    `write_id`, which types it once; it is an error only where nobody is left who would know.  Not repeated, since
+    twice may be more than once, are signals that a program counts.
 
 Not here
     How a broker is reached: `connection`.
@@ -21,14 +22,15 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgpack
 import msgspec
 import zmq
 
-from . import messages, wire
+from . import kernel, messages, wire
 from .connection import Connection, NotSent, open_connection, until_readable
 from .errors import BadRequest, Interrupted, Unavailable
 from .messages import (
@@ -68,6 +70,10 @@ from .response import Response
 MARGIN = 60.0
 # Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
 FOLLOW_MS = 3_600_000
+
+# Signals that do the same whether they come once or twice: KILL, CONT, STOP.  A second INT or TERM makes many
+# programs give up their cleaning up, and others count USR1.
+_REPEATABLE = {9, 18, 19}
 
 T = TypeVar("T")
 
@@ -131,21 +137,26 @@ class Host:
 
         Raises `BadRequest`, naming them, while processes live; `force` ends them.
         """
-        live = sorted(f"{row.thread}/{row.process_id}" for row in await self.processes())
-        pid = (await self.status())["broker_pid"]
-        pidfd = os.pidfd_open(pid)
-        try:
+        while True:
+            live = sorted(f"{row.thread}/{row.process_id}" for row in await self.processes())
             try:
-                answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
-            except Interrupted:
-                # Its end may reach us before its answer; then the end is the answer.
-                if not await until_readable(pidfd, MARGIN):
-                    raise
-                answer = {"ended": live}
-            await until_readable(pidfd, MARGIN)
-        finally:
-            os.close(pidfd)
-        return answer
+                pidfd = os.pidfd_open((await self.status())["broker_pid"])
+            except ProcessLookupError:  # killed in this moment
+                continue
+            try:
+                try:
+                    answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
+                except Interrupted:
+                    if not await until_readable(pidfd, MARGIN):
+                        raise
+                    if await self._is_back():  # it was killed, and has been started again
+                        continue
+                    # Its end has reached us before its answer; then the end is the answer.
+                    answer = {"ended": live}
+                await until_readable(pidfd, MARGIN)
+            finally:
+                os.close(pidfd)
+            return answer
 
     async def upgrade(self) -> dict[str, Any]:
         """Have the installed program take over from the running broker and keeper; return the new `status`.
@@ -172,10 +183,24 @@ class Host:
     async def events(self, *, deltas: bool = False, recent: bool = False) -> AsyncIterator[dict[str, Any]]:
         """Yield events as they happen, see `broker.loop`; `deltas`: output too; `recent`: the last ones first.
 
-        Ends when the broker does.  `seq` counts all events: a jump means that this subscriber was too slow, or
-        leaves deltas out.
+        `seq` counts all events of one broker: a jump means that this subscriber was too slow, or leaves deltas out.
+        When a broker was killed and comes back by itself, it goes on with that one's events, from the first on
+        (`broker` with `what: up`), whose `seq` starts again from 1; deltas in between are missed.  Ends when the
+        broker does and none comes back.
         """
         connection = await self._connected()
+        while True:
+            async with aclosing(self._events_of(connection, deltas=deltas, recent=recent)) as events:
+                async for event in events:
+                    yield event
+            if not await self._is_back():
+                return
+            connection, recent = await self._connected(), True
+
+    async def _events_of(
+        self, connection: Connection, *, deltas: bool, recent: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the events of one broker, until it is lost."""
         arrived: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         socket = wire.new_socket(self._context, zmq.SUB)
         # Subscriptions travel.  The broker sends this one back when it has taken it in, and so those before it:
@@ -206,7 +231,11 @@ class Host:
                         if event["seq"] > last:
                             yield event
                     elif recent:
-                        for event in await self.recent_events():
+                        try:  # of this broker, whose numbers these are
+                            reply = await connection.ask(RecentEvents(), None)
+                        except ConnectionError:
+                            return
+                        for event in wire.result_of(reply, list[dict[str, Any]]):
                             last = event["seq"]
                             yield event
             finally:
@@ -215,12 +244,21 @@ class Host:
 
     # Calls.
 
-    async def call(self, body: Body, wanted: type[T], seconds: float | None = MARGIN, *, repeat: bool = True) -> T:
+    async def call(
+        self,
+        body: Body,
+        wanted: type[T],
+        seconds: float | None = MARGIN,
+        *,
+        repeat: bool = True,
+        repetition: Body | None = None,
+    ) -> T:
         """Send a request and return its result; raises the error it was answered with.
 
         `seconds`: how long the answer may take; `None`: for ever.  `repeat`: ask again when the broker was lost in
-        between, which must do nothing twice.  Raises `Unavailable` when no answer came or no broker can be had;
-        without `repeat`, `Interrupted` where the request may have been carried out.
+        between, which must do nothing twice; `repetition`: ask this then, which says so.  Raises `Unavailable` when
+        no answer came or no broker can be had; without `repeat`, `Interrupted` where the request may have been
+        carried out.
         """
         while True:
             connection = await self._connected()
@@ -229,7 +267,9 @@ class Host:
             except NotSent:
                 continue
             except ConnectionError:
-                if not repeat:
+                if repetition is not None:
+                    body = repetition
+                elif not repeat:
                     raise Interrupted(
                         "the broker was lost during the call; whether it was done is not known"
                     ) from None
@@ -243,13 +283,21 @@ class Host:
                 raise Unavailable(f"the request could not be sent: {error}") from None
             return wire.result_of(reply, wanted)
 
-    async def _connected(self) -> Connection:
+    async def _connected(self, *, start: bool = True) -> Connection:
         async with self._connecting:
             if self._connection is None or self._connection.lost.is_set():
                 if self._connection:
                     self._connection.close()
-                self._connection = await open_connection(self.paths, self._context, start=self._start)
+                self._connection = await open_connection(self.paths, self._context, start=start and self._start)
             return self._connection
+
+    async def _is_back(self) -> bool:
+        """Tell whether there is a broker again, or comes up in a moment, that we have not started."""
+        try:
+            await self._connected(start=False)
+        except Unavailable:
+            return False
+        return True
 
 
 class Thread:
@@ -316,8 +364,9 @@ class Thread:
         `max_output_tokens`: as in `exec_command`.
         `resume=False`: a sleeping thread is not woken for it; the broker types.
         Raises `StdinClosed` for a process started without a terminal, `UnknownProcess` for an id this thread
-        never had, `Interrupted` when a worker died and the input may have been typed.  An ended process
-        answers with its outcome and what was left to read.
+        never had, `Interrupted` when the input may have been typed and who would know has died: a worker within
+        a write, broker and worker at once, or a broker that typed itself.  An ended process answers with its
+        outcome and what was left to read.
         """
         raw = chars.encode("utf-8", "surrogateescape") if isinstance(chars, str) else chars
         if len(raw) > CHARS_MAX:
@@ -331,7 +380,9 @@ class Thread:
             write_id=secrets.token_hex(8),
             resume=resume,
         )
-        return await self.host.call(body, Response, max(yield_time_ms / 1000, 5) + MARGIN, repeat=not raw)
+        repetition = msgspec.structs.replace(body, first_asked=kernel.boottime())
+        seconds = max(yield_time_ms / 1000, 5) + MARGIN
+        return await self.host.call(body, Response, seconds, repeat=not raw, repetition=repetition)
 
     async def read_output(self, process_id: str, offset: int = 0, *, wait_ms: int = 0) -> Output:
         """Return what is kept of the output from `offset` on, up to 1 MiB, without delivering it.
@@ -398,7 +449,9 @@ class Thread:
 
         `signal`: a number, or a name such as TERM or SIGTERM.  `after`: KILL what still lives after so many
         seconds, and answer when it is gone; else nothing escalates.  A row's `signalled` says how many processes
-        got it: 0 for what had ended.  Raises `BadRequest` for `foreground` without a terminal.
+        got it: 0 for what had ended.  Raises `BadRequest` for `foreground` without a terminal, `Interrupted` when
+        the broker was lost and the signal may have been sent; only with `after`, or one that changes nothing when
+        it comes twice, is it sent again.
         """
         try:
             number = signal_number(str(signal))
@@ -411,7 +464,8 @@ class Thread:
             foreground=foreground,
             after_s=after,
         )
-        return await self.host.call(body, list[dict[str, Any]], (after or 0) + MARGIN)
+        repeat = after is not None or number in _REPEATABLE
+        return await self.host.call(body, list[dict[str, Any]], (after or 0) + MARGIN, repeat=repeat)
 
     async def resize(self, process_id: str, columns: int, rows: int) -> dict[str, Any]:
         """Set the size of a process's terminal, in characters; return its size then.
@@ -441,7 +495,10 @@ class Thread:
         return await self.host.call(Reattach(thread=self.thread_id), ReattachSummary)
 
     async def clean(self) -> DetachedProcessSummary:
-        """End the thread's detached processes; attached ones are left alone."""
+        """End the thread's detached processes; attached ones are left alone.
+
+        Returns which; where the broker was lost in between, only those that were still there afterwards.
+        """
         return await self.host.call(Clean(thread=self.thread_id), DetachedProcessSummary, None)
 
     async def shutdown(self, *, all: bool = False) -> ThreadRow:

@@ -3,7 +3,12 @@
     channel    handshake; its end of file is how we learn at once that the broker is gone
     control    ZeroMQ: requests out, replies in
 
+A broker that was killed is started again by its keeper, on the same sockets, in a fraction of a second.  So a
+socket that refuses, or hangs up during the handshake, is tried again for a moment before we start anything.
+
 Always true
+    Nothing is started while a keeper or a broker holds its lock, unless they do not answer for `BACK_WITHIN`.
+    Looking who holds a lock takes none, so that it cannot make a broker that is starting believe it comes second.
     A request that fails with `NotSent` was not done; with `ConnectionError`, it may have been.
 
 Not here
@@ -29,12 +34,25 @@ from .paths import Paths, SocketPath
 # Seconds until a broker that is being started has to answer.
 START_DEADLINE = 20.0
 _LOOK = 0.01
+# Seconds that a broker which is being started again may take before we start one, or give up; and between two
+# looks.  A keeper needs about 0.2 s; a busy machine several times that.
+BACK_WITHIN = 2.0
+_LOOK_FOR_RESTART = 0.02
+# Seconds for which nobody must hold a lock before we believe that nobody will start a broker: systemd waits 0.1 s
+# before it starts a keeper that was killed.
+NOBODY_FOR = 0.2
+# The files in the runtime folder that a keeper and a broker lock.
+_LOCKS = ("keeper.lock", "lock")
 # Seconds that the kernel may take between closing a dying broker's first socket and its last.
 _HANG_UP = 2.0
 
 
 class NotSent(ConnectionError):
     """The broker was lost before the request was on its way: asking again does nothing twice."""
+
+
+class _HungUp(ConnectionError):
+    """The broker closed the channel during the handshake."""
 
 
 class Connection:
@@ -117,23 +135,46 @@ class Connection:
 async def open_connection(paths: Paths, context: zmq.Context[zmq.Socket[bytes]], *, start: bool) -> Connection:
     """Return a connection to the broker, which is started if there is none and `start` allows it.
 
+    One that is being started again is waited for, for `BACK_WITHIN` seconds.
     Raises `Unavailable` when there is none, or it does not answer within `START_DEADLINE`.
     """
-    link = await _reach(paths, start=start)
-    try:
-        return Connection(paths, context, link, await _greet(paths, link))
-    except BaseException:
-        link.close()
-        raise
+    until = time.monotonic() + BACK_WITHIN
+    while True:
+        link = await _reach(paths, start=start)
+        try:
+            return Connection(paths, context, link, await _greet(paths, link))
+        except _HungUp as error:  # it was killed in this moment, or is ending
+            link.close()
+            if time.monotonic() > until:
+                raise Unavailable(f"the broker hangs up during the handshake ({error}); see {paths.log}") from None
+            await asyncio.sleep(_LOOK_FOR_RESTART)
+        except BaseException:
+            link.close()
+            raise
 
 
 async def _reach(paths: Paths, *, start: bool) -> Channel:
-    """Return a channel to the broker, started if need be and allowed."""
-    # A folder that cannot be used is told, with its name, when it is prepared.
-    with suppress(ConnectionRefusedError, FileNotFoundError, NotADirectoryError, PermissionError):
-        return channel.connect(paths.channel)
+    """Return a channel to the broker, which is waited for, then started if need be and allowed."""
+    began = held_at = time.monotonic()
+    while True:
+        try:
+            return channel.connect(paths.channel)
+        except ConnectionRefusedError:
+            refused = True
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # A folder that cannot be used is told, with its name, when it is prepared.
+            refused = False
+        now = time.monotonic()
+        if _is_held(paths):
+            held_at = now
+        elif not refused:  # a broker that ends takes its sockets away; one that is killed leaves them
+            break
+        if now - began > BACK_WITHIN or (start and now - held_at > NOBODY_FOR):
+            break
+        await asyncio.sleep(_LOOK_FOR_RESTART)
     if not start:
-        raise Unavailable(f"no broker runs for {paths.run}; `outlive up` starts it")
+        was = f"; one was killed and is not back within {BACK_WITHIN:.0f} s, see {paths.log}" if refused else ""
+        raise Unavailable(f"no broker runs for {paths.run}{was}; `outlive up` starts it")
     deadline = time.monotonic() + START_DEADLINE
     said = await asyncio.to_thread(_start_broker, paths)
     if said not in ("ready", "taken", ""):
@@ -147,6 +188,20 @@ async def _reach(paths: Paths, *, start: bool) -> Channel:
     raise Unavailable(f"the broker did not come up within {START_DEADLINE:.0f} s; see {paths.log}")
 
 
+def _is_held(paths: Paths) -> bool:
+    """Tell whether a keeper or a broker has its lock, by the kernel's list; where that cannot tell, it is not."""
+    wanted = set()
+    for name in _LOCKS:
+        with suppress(OSError):
+            found = (paths.run / name).stat()
+            wanted.add(f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}")
+    if not wanted:
+        return False
+    with suppress(OSError), open("/proc/locks", encoding="ascii", errors="replace") as file:
+        return any(not wanted.isdisjoint(line.split()) for line in file)
+    return False
+
+
 async def _greet(paths: Paths, link: Channel) -> str:
     """Shake hands, and return our token."""
     try:
@@ -156,9 +211,11 @@ async def _greet(paths: Paths, link: Channel) -> str:
             raise Unavailable(f"the broker does not answer within {START_DEADLINE:.0f} s; see {paths.log}")
         packet = link.receive()
     except (OSError, HandoffError) as error:
+        if isinstance(error, ConnectionError) or isinstance(error.__cause__, ConnectionError):
+            raise _HungUp(str(error)) from None
         raise Unavailable(f"the broker does not answer: {error}") from None
     if packet is None:
-        raise Unavailable("the broker hung up during the handshake; it may be ending: try again")
+        raise _HungUp("without a word")
     if packet.kind != "welcome":
         raise Unavailable(f"the broker refused the connection: {packet.message.get('message')}")
     return str(packet.message["token"])

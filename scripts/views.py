@@ -322,7 +322,7 @@ def wait(thread: str | None, processes: Sequence[Process], timeout: float | None
 
 
 @command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with what happens now, until the broker ends.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens now, until the broker ends for good.")
 @click.option("--deltas", is_flag=True, help="With -f: output too, piece by piece.")
 def events(follow: bool, deltas: bool, as_json: bool) -> None:
     """Show what has happened lately.

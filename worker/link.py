@@ -4,10 +4,11 @@
     control    ZeroMQ: requests in, replies and notices out
 
 When the channel reaches its end of file the broker is gone: the worker keeps pumping and serving what it has,
-tries again for ever with growing pauses, registers, and deposits what a new broker lacks.
+tries again for ever, at first quickly, then with growing pauses, registers, and deposits what a new broker lacks.
 
 Always true
     Nothing is queued for a broker that is away; what it must know is in the headers, and told at registration.
+    A reply goes to the broker that asked, and to no other.
     Parcels that no message claims are closed after `UNCLAIMED` seconds: the broker still has its copies.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import select
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -27,8 +29,10 @@ from ..common.errors import HandoffError, OutliveError, PeerError
 from ..common.messages import Body, Register, Reply, Request, Welcome
 from ..common.paths import Paths, SocketPath
 
-# Seconds between two attempts to reach a broker: the first, and the longest.
-FIRST_PAUSE = 0.05
+# Seconds between two attempts to reach a broker while it is likely to be back in a moment (a keeper starts one anew
+# in a fraction of a second, and callers wait), for how long that is, and the longest pause afterwards.
+FIRST_PAUSE = 0.02
+BACK_WITHIN = 2.0
 LONGEST_PAUSE = 5.0
 # Seconds that a broker has for the handshake and for the answer to a registration.
 HANDSHAKE_DEADLINE = 10.0
@@ -57,6 +61,8 @@ class Link:
         self._thread_id = thread_id
         self._epoch = epoch
         self._context = context
+        # Counts the connections: a request is answered on its own, since the next broker counts requests anew.
+        self.connection = 0
         self._on_request = on_request
         self._on_connected = on_connected
         self._on_lost = on_lost
@@ -76,32 +82,41 @@ class Link:
 
     async def run(self) -> None:
         """Connect, and connect again whenever the broker was lost; raises `PeerError` when it refuses us."""
-        pause = FIRST_PAUSE
+        pause, since = FIRST_PAUSE, self._loop.time()
         while True:
             try:
                 await self._connect()
             except (OSError, TimeoutError, HandoffError):
                 self._drop()
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
-                continue
-            connected = self._loop.time()
-            await self._lost.wait()
-            self._drop()
-            self._on_lost()
-            if self._loop.time() - connected > pause:
-                pause = FIRST_PAUSE
-            else:  # it hangs up on us as soon as we come
-                await asyncio.sleep(pause)
+            else:
+                connected = self._loop.time()
+                await self._lost.wait()
+                self._drop()
+                self._on_lost()
+                if self._loop.time() - connected > FIRST_PAUSE:
+                    pause, since = FIRST_PAUSE, self._loop.time()
+                    continue
+                # It hangs up on us as soon as we come.
+            await asyncio.sleep(pause)
+            if self._loop.time() - since > BACK_WITHIN:
                 pause = min(pause * 2, LONGEST_PAUSE)
 
     def send(self, body: Body) -> None:
         """Send a notice, if there is a broker to hear it, together with what else is said in this turn."""
         self._transmit(wire.request(body, token=self._token))
 
-    def reply(self, reply: Reply) -> None:
-        """Send a reply, if there is a broker to hear it."""
-        self._transmit(reply)
+    def reply(self, reply: Reply, connection: int) -> None:
+        """Send a reply, if the broker that asked, on that `connection`, is still there to hear it."""
+        if connection == self.connection:
+            self._transmit(reply)
+
+    def hears(self, connection: int) -> bool:
+        """Tell whether the broker of that connection is there, by the kernel: the loop may learn it later."""
+        if connection != self.connection or self._channel is None or self._port is None:
+            return False
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLRDHUP)
+        return not poll.poll(0)
 
     def claim(self, tickets: list[str]) -> dict[tuple[str, str], Handles]:
         """Return the parcels with these tickets, now the caller's; raises `HandoffError` for a missing one."""
@@ -173,6 +188,7 @@ class Link:
         self._address = SocketPath(self._paths.control)
         socket.connect(f"ipc://{self._address.text}")
         self._port = wire.Port(socket, self._receive)
+        self.connection += 1
 
     def _transmit(self, message: Request | Reply) -> None:
         if self._port is None:

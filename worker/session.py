@@ -5,6 +5,7 @@ depends on it: when the worker is killed, its children run on.
 
 Always true
     A request is answered before the processes it has collected are let go: the broker passes answers on in order.
+    An answer that no broker could hear lets nothing go: its caller asks again.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ class Session:
         self._link.send(Orphaned(process_id=facts.process_id))
 
     def _requested(self, request: Request) -> None:
-        task = asyncio.create_task(self._serve(request))
+        task = asyncio.create_task(self._serve(request, self._link.connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, request: Request) -> None:
+    async def _serve(self, request: Request, connection: int) -> None:
         try:
             body = wire.body_of(request, messages.WORKER_OPS)
             if request.deadline is not None and kernel.boottime() > request.deadline:
@@ -111,8 +112,8 @@ class Session:
             traceback.print_exc()
             reply = wire.failure(request.id, OutliveError(f"{request.op}: {error!r}; see the log"))
         if request.id:
-            self._link.reply(reply)
-            self.manager.settle()
+            self._link.reply(reply, connection)
+            self.manager.settle(lambda: self._link.hears(connection))
 
     async def _import(self, body: messages.Import) -> Any:
         parcel = self._link.claim(body.tickets)
