@@ -117,7 +117,7 @@ class Workers(Processes):
                 self.move(entry, Event.DETACHED)
                 self.settle(entry)
         self._live(thread, lifecycle.Event.REGISTERED)
-        return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
+        return Welcome.of(thread.journal.ids, deltas=self._world.deltas_wanted)
 
     def worker_died(self, thread_id: str, epoch: int, how: str) -> None:
         """The kernel says that a thread's worker is dead."""
@@ -186,6 +186,7 @@ class Workers(Processes):
         loop = asyncio.get_running_loop()
         if effect is Effect.START_WORKER:
             thread.epoch += 1
+            thread.journal.reached(thread.epoch)
             try:
                 thread.worker_pid = self._world.start_worker(thread.thread_id, thread.epoch)
             except OSError as error:

@@ -81,13 +81,13 @@ class Paths:
         return self.state / "broker.log"
 
     @property
-    def threads(self) -> Path:
-        """One folder a thread: the ids it used, and what is kept of its ended processes."""
-        return self.state / "threads"
+    def journal(self) -> Path:
+        """The database of threads, the ids they used, and what is kept of their ended processes."""
+        return self.state / "journal.db"
 
     def prepare(self) -> None:
         """Make the folders, and refuse those that somebody else could write to."""
-        for folder in (self.run, self.workers, self.state, self.threads):
+        for folder in (self.run, self.workers, self.state):
             private_folder(folder)
 
 

@@ -55,7 +55,7 @@ RESERVE = 64
 # The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
 RANDOM_IDS = range(1000, 100_000)
 # Calls remembered after their process was collected.  A repetition may be on its way before the broker has heard of
-# that; what comes later, the broker answers from its archive.
+# that; what comes later, the broker answers from its journal.
 CALLS_REMEMBERED = 10_000
 
 
