@@ -24,7 +24,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -74,7 +73,7 @@ class Broker:
         self._sequence = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
         self._stopping = asyncio.Event()
-        self._log_fd = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._log_fd = paths.open_log()
         self.deltas_wanted = False
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
@@ -166,8 +165,10 @@ class Broker:
         return launch.descriptor_limit() - RESERVE - self.threads.descriptors - 2 * peers - len(self._workers)
 
     def log(self, text: str) -> None:
-        """Write a line to the log."""
-        print(datetime.now(UTC).isoformat(timespec="milliseconds"), text, file=sys.stderr, flush=True)
+        """Write a line to the log; a full disk costs the line, and nothing else."""
+        line = f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}\n"
+        with suppress(OSError):
+            os.write(2, line.encode("utf-8", "backslashreplace"))
 
     def start_worker(self, thread_id: str, epoch: int) -> int:
         """Start a worker, and watch for its end."""

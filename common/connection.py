@@ -168,7 +168,7 @@ def _start_broker(paths: Paths) -> str:
     """Start a broker that is nobody's child, and return the one line it says; empty when it said none."""
     paths.prepare()
     ready, theirs = os.pipe()
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = paths.open_log()
     try:
         pid = launch.launch("outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=log, forsaken=True)
     finally:

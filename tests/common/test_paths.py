@@ -112,6 +112,16 @@ def test_a_folder_that_others_could_enter_is_closed_to_them(tmp_path: Path) -> N
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_a_state_folder_that_cannot_be_made_keeps_nobody_from_working(tmp_path: Path) -> None:
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
+    paths.state.touch()
+    paths.prepare()
+    assert paths.workers.is_dir()
+    log = paths.open_log()
+    assert os.readlink(f"/proc/self/fd/{log}") == os.devnull
+    os.close(log)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
