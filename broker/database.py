@@ -38,7 +38,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +46,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..common.errors import BadRequest
 from ..common.messages import ProcessRow, outcome_from_wire
+from ..common.paths import check_thread
 from .records import Key, Record
 
 VERSION = 1
@@ -88,6 +90,8 @@ _LOCK_DEADLINE = 1.0
 _LOG_SIZE = 8 << 20
 # A file with more free pages than this, and more than used ones, is made smaller.
 _FREE_PAGES = 1024
+# Files that one broker sets aside: a disk on which none of them lasts is not to be filled with them.
+SET_ASIDE_MAX = 3
 # Processes that are looked up at once.
 ROWS_AT_ONCE = 50
 
@@ -260,6 +264,11 @@ class Database:
     def set_aside(self, error: Unusable) -> None:
         """Rename the file, and begin a new one with the ids that the old one still tells."""
         self.number += 1
+        if self.number > SET_ASIDE_MAX:
+            self._disconnect()
+            self._complete = False
+            self._complain(f"{self._path} {error}, again; {_MEMORY_ONLY}")
+            return
         saved = self._salvage()
         self._disconnect()
         self.contents = Contents()
@@ -269,7 +278,7 @@ class Database:
                 with suppress(FileNotFoundError):
                     os.rename(f"{self._path}{ending}", f"{aside}{ending}")
             self._open()
-            self._take_over(saved)
+            self._take_over(*saved)
             self._complain(
                 f"{self._path} {error}; it is now {aside.name}, and what had ended before is not known here"
             )
@@ -278,29 +287,26 @@ class Database:
             self._complete = not self._path.exists()
             self._complain(f"{self._path} {error}; in its place: {_said(another)}; {_MEMORY_ONLY}")
 
-    def _salvage(self) -> tuple[dict[str, int], list[tuple[str, int]]]:
-        """Return threads with their epochs, and ids: as many as can be read."""
+    def _salvage(self) -> tuple[dict[str, int], dict[Key, str | None]]:
+        """Return threads with their epochs, and ids with their calls: as many as can be read."""
         threads: dict[str, int] = {}
-        ids: list[tuple[str, int]] = []
-        with suppress(sqlite3.Error, ValueError, TypeError, OverflowError):
-            connection = _connect(self._path, 0.0)
-            try:
-                with suppress(sqlite3.Error, ValueError, TypeError, OverflowError):
-                    for name, epoch in connection.execute("SELECT name, epoch FROM threads"):
-                        threads[str(name)] = int(epoch)
-                with suppress(sqlite3.Error, ValueError, TypeError, OverflowError):
-                    for thread_id, number in connection.execute("SELECT thread, id FROM processes"):
-                        if _is_id(number):
-                            ids.append((str(thread_id), number))
-            finally:
-                connection.close()
+        ids: dict[Key, str | None] = {}
+        with suppress(sqlite3.Error), closing(_connect(self._path, 0.0)) as connection:
+            with suppress(sqlite3.Error):
+                for name, epoch in connection.execute("SELECT name, epoch FROM threads"):
+                    if _is_name(name) and isinstance(epoch, int):
+                        threads[name] = epoch
+            # The table, and its index, which may be whole where the other is not.
+            for query in ("SELECT thread, id, call_id FROM processes", "SELECT thread, id, NULL FROM processes"):
+                with suppress(sqlite3.Error):
+                    for name, number, call_id in connection.execute(query):
+                        if _is_name(name) and _is_id(number):
+                            threads.setdefault(name, 0)
+                            ids.setdefault((name, str(number)), call_id if isinstance(call_id, str) else None)
         return threads, ids
 
-    def _take_over(self, saved: tuple[dict[str, int], list[tuple[str, int]]]) -> None:
-        threads, ids = saved
-        for thread_id, _ in ids:
-            threads.setdefault(thread_id, 0)
-        self._write(threads, [Change((thread_id, str(number)), "expired") for thread_id, number in ids])
+    def _take_over(self, threads: dict[str, int], ids: dict[Key, str | None]) -> None:
+        self._write(threads, [Change(key, "expired", call_id) for key, call_id in ids.items()])
         self.contents.threads = threads
 
     def _complain(self, text: str) -> None:
@@ -424,18 +430,23 @@ class Database:
 
 
 def _locked(folder: Path) -> int:
-    """Return the locked folder; raises `BlockingIOError` when another broker has it, and `OSError`."""
+    """Return the locked folder; raises `BlockingIOError` when another broker has it, and `OSError`.
+
+    Where a folder cannot be locked (NFS), it is taken without.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     give_up = time.monotonic() + _LOCK_DEADLINE
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return fd
-        except OSError as error:
-            if not isinstance(error, BlockingIOError) or time.monotonic() > give_up:
+        except BlockingIOError:
+            if time.monotonic() > give_up:
                 os.close(fd)
                 raise
             time.sleep(0.01)
+        except OSError:
+            return fd
 
 
 def _connect(place: Path | str, timeout: float) -> sqlite3.Connection:
@@ -467,6 +478,13 @@ def _contents(reader: sqlite3.Connection) -> Contents:
         if _is_id(number):
             contents.living[thread_id, str(number)] = boot_id
     return contents
+
+
+def _is_name(name: object) -> bool:
+    """Tell whether it can be a thread's name."""
+    with suppress(BadRequest):
+        return isinstance(name, str) and bool(check_thread(name))
+    return False
 
 
 def _is_id(number: object) -> bool:

@@ -172,9 +172,17 @@ class Journal:
         """Tell whether this is one of them."""
         return key in self._shelf
 
+    def known(self, thread_id: str) -> list[str]:
+        """Return the ids of a thread's processes that are alive or kept."""
+        return [key[1] for key in self._living if key[0] == thread_id] + list(self._shelf.ids(thread_id))
+
     def is_alive(self, key: Key) -> bool:
         """Tell whether it is recorded as alive."""
         return key in self._living
+
+    def is_met(self, key: Key) -> bool:
+        """Tell whether it is alive, and was deposited with this broker."""
+        return self._living.get(key) is not None
 
     def record(self, key: Key) -> Record | None:
         """Return what is kept of a process; `None` when that is nothing, or cannot be read, and so has expired."""
@@ -206,11 +214,12 @@ class Journal:
 
     def used(self, thread_id: str) -> list[tuple[str, str | None, str]]:
         """Return what was written of a thread's processes: id, call id, state; in the order of use."""
-        try:
-            return self._database.used(thread_id)
-        except Unusable as error:
-            self._begin_anew(error)
-            return []
+        for _ in range(2):
+            try:
+                return self._database.used(thread_id)
+            except Unusable as error:  # what could be saved of the ids is in the next file
+                self._begin_anew(error)
+        return []
 
     # Writing.
 
@@ -385,6 +394,8 @@ class ThreadJournal:
                     self._lost.add(process_id)
             for call_id in list(self._calls)[:-CALLS_REMEMBERED]:
                 del self._calls[call_id]
+            for process_id in self._journal.known(self.thread_id):  # in case the list could not be read
+                ids.setdefault(process_id, "")
         return self._ids
 
     @property
@@ -414,9 +425,10 @@ class ThreadJournal:
         ids = self._load()
         if process_id in self._lost:
             self._lost.discard(process_id)
-            self._calls.pop(call_id, None)
-        elif self._journal.is_alive(key) or self._journal.is_kept(key):
-            return  # deposited with the former broker, too; or it has ended, and we know how
+        elif self._journal.is_met(key) or self._journal.is_kept(key):
+            return  # deposited once more; or it has ended, and we know how
+        if self._calls.get(call_id) == process_id:
+            del self._calls[call_id]  # who lives answers by itself
         ids[process_id] = call_id
         self._journal.put(Change(key, "alive", call_id, look=look))
 
@@ -431,13 +443,16 @@ class ThreadJournal:
         """Nothing is left of a process that was alive."""
         if not self._journal.is_alive((self.thread_id, process_id)):
             return
-        ids = self._load()
+        call_id = self._load().get(process_id, "")
         row = self._journal.rows(self.thread_id, [process_id]).get(process_id)
-        if row is None:
-            self.expired(process_id)
+        if row:
+            self._lost.add(process_id)
+            self._keep("lost", Record.lost({**row, "call_id": call_id}, reason), None)
             return
-        self._lost.add(process_id)
-        self._keep("lost", Record.lost({**row, "call_id": ids.get(process_id, "")}, reason), None)
+        # The broker that knew it was killed before it could write that down.
+        if call_id:
+            self._calls[call_id] = process_id
+        self.expired(process_id)
 
     def _keep(self, state: Literal["ended", "lost"], record: Record, then: Then | None) -> None:
         process_id, call_id = record.row["process_id"], record.row["call_id"]
@@ -467,7 +482,7 @@ class ThreadJournal:
     def expired(self, process_id: str) -> None:
         """Let what is kept of a process go."""
         self._lost.discard(process_id)
-        call_id = self._load().get(process_id)
+        call_id = self._load().setdefault(process_id, "")
         self._journal.put(Change((self.thread_id, process_id), "expired", call_id or None))
 
     def __len__(self) -> int:

@@ -464,6 +464,27 @@ async def test_who_lives_in_this_boot_is_told_to_the_next_broker_which_may_lose_
         journal = brokers.start()
 
 
+async def test_of_what_is_lost_and_was_never_described_the_call_is_known_all_the_same(brokers: Brokers) -> None:
+    thread = brokers.start().thread("t")
+    thread.use("1000", "call-1000", lambda: None)
+    journal = brokers.start()
+    journal.lose("t", "1000", "nobody knew")
+    for _ in range(2):
+        thread = journal.thread("t")
+        assert dict(thread.calls) == {"call-1000": "1000"}
+        with pytest.raises(ExpiredProcess):
+            thread.get("1000")
+        journal = brokers.start()
+
+
+async def test_what_is_deposited_with_the_next_broker_too_is_written_as_that_sees_it(brokers: Brokers) -> None:
+    brokers.begin(brokers.start().thread("t"), "1000", pid=None)
+    for _ in range(2):
+        brokers.begin(brokers.start().thread("t"), "1000", pid=42)
+    brokers.end()
+    assert brokers.sql("SELECT id, state, pid FROM processes") == [(1000, "alive", 42)]
+
+
 async def test_only_who_lives_can_be_lost(brokers: Brokers) -> None:
     journal = brokers.start()
     brokers.finish(journal.thread("t"), "1000")
@@ -625,9 +646,12 @@ async def test_a_database_of_another_version_is_set_aside_and_its_ids_are_taken_
     assert aside.startswith(f"journal.db.version-{version}-2")
     assert f"has version {version}" in journal.trouble
     thread = journal.thread("t")
-    assert (thread.epoch, len(thread.ids), len(thread)) == (5, 41, 0)
+    assert (thread.epoch, len(thread.ids), len(thread), len(thread.calls)) == (5, 41, 0, 41)
     with pytest.raises(ExpiredProcess):
         thread.get("1000")
+    brokers.begin(thread, "2000")  # it lives, and is deposited again
+    assert "call-2000" not in thread.calls
+    assert journal.living() == [("t", "2000")]
     works(brokers)
 
 
@@ -727,6 +751,40 @@ async def test_damage_that_is_met_while_it_is_used_sets_the_file_aside_and_keeps
     assert sorted(journal.living()) == [("t", "2000"), ("t", "3000")]
     assert len(thread.ids) == 43
     assert thread.epoch == 5
+
+
+async def test_damage_that_is_met_in_the_list_of_ids_leaves_none_of_those_that_can_be_read_to_be_given_out_again(
+    brokers: Brokers,
+) -> None:
+    fill(brokers)
+    journal = brokers.start()
+    overwrite(brokers.path, [(page, b"\xff" * 100) for page in range(5 * 4096, 12 * 4096, 4096)])
+    ids = {*map(str, range(1000, 1040)), "2000"}
+    assert set(journal.thread("t").ids) == ids
+    assert "is damaged" in journal.trouble
+    brokers.finish(journal.thread("t"), "3000", b"new")
+    journal = brokers.start()
+    thread = journal.thread("t")
+    assert set(thread.ids) == ids | {"3000"}
+    assert journal.living() == [("t", "2000")]
+    assert thread.get("3000").data == b"new"
+
+
+async def test_a_disk_on_which_no_file_lasts_is_given_up(brokers: Brokers) -> None:
+    journal = brokers.start()
+    thread = journal.thread("t")
+    for number in range(1000, 1010):
+        brokers.finish(thread, str(number))
+        journal.flush()
+        with suppress(ExpiredProcess):
+            thread.get(str(number))
+        if brokers.path.exists():
+            for path in brokers.files():
+                overwrite(path, [(0, b"\xff" * path.stat().st_size)])
+            brokers.finish(thread, str(number + 1000))
+            journal.flush()
+    assert len(brokers.aside()) <= 3
+    assert thread.get("2009").data == b"x"
 
 
 async def test_a_record_that_makes_no_sense_counts_as_expired(brokers: Brokers) -> None:
