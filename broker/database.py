@@ -37,7 +37,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -75,8 +75,9 @@ ON CONFLICT (thread, id) DO UPDATE SET
     (state, call_id, boot_id, pid, born_at, row, outcome, archived_at, written, ranges, size) =
     (excluded.state, excluded.call_id, excluded.boot_id, excluded.pid, excluded.born_at, excluded.row,
      excluded.outcome, excluded.archived_at, excluded.written, excluded.ranges, excluded.size)
-RETURNING number
 """
+_PUT_OUTPUT = "INSERT OR REPLACE INTO outputs SELECT number, ? FROM processes WHERE thread = ? AND id = ?"
+_DELETE_OUTPUT = "DELETE FROM outputs WHERE number = (SELECT number FROM processes WHERE thread = ? AND id = ?)"
 _PUT_EPOCH = """
 INSERT INTO threads VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET epoch = max(epoch, excluded.epoch)
 """
@@ -389,18 +390,19 @@ class Database:
                     self._write({}, [replace(change, record=replace(change.record, ranges=[], data=b""))])
             return False
 
-    def _write(self, threads: dict[str, int], changes: Iterable[Change]) -> None:
+    def _write(self, threads: dict[str, int], changes: Sequence[Change]) -> None:
         assert self._writer is not None
         writer = self._writer
         writer.execute("BEGIN IMMEDIATE")
         try:
             writer.executemany(_PUT_EPOCH, threads.items())
+            writer.executemany(_PUT, [list(_values(change)) for change in changes])
             for change in changes:
-                ((number,),) = writer.execute(_PUT, list(_values(change))).fetchall()
+                key = change.key[0], int(change.key[1])
                 if change.record and change.record.data:
-                    writer.execute("INSERT OR REPLACE INTO outputs VALUES (?, ?)", (number, change.record.data))
-                elif change.state != "alive":
-                    writer.execute("DELETE FROM outputs WHERE number = ?", (number,))
+                    writer.execute(_PUT_OUTPUT, (change.record.data, *key))
+                elif change.state == "expired":
+                    writer.execute(_DELETE_OUTPUT, key)
             writer.execute("COMMIT")
         finally:
             if writer.in_transaction:
