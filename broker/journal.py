@@ -52,7 +52,6 @@ RETRY = 10.0
 CALLS_REMEMBERED = 10_000
 
 Look = Callable[[], dict[str, Any] | None]
-Then = Callable[[bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +157,14 @@ class Journal:
             if self._unwritten > UNWRITTEN_MAX:
                 self._shed()
         self._write_soon()
+
+    def then(self, key: Key, tell: Callable[[bool], None]) -> None:
+        """Have `tell` called once what was said of a process is committed, or that has failed."""
+        change = self._changes.get(key)
+        if change and key not in self._failed:
+            change.then.append(tell)
+        else:
+            self._loop.call_soon(tell, change is None)
 
     def expire(self) -> None:
         """Let go of what is too old or too much."""
@@ -432,12 +439,9 @@ class ThreadJournal:
         ids[process_id] = call_id
         self._journal.put(Change(key, "alive", call_id, look=look))
 
-    def keep(self, row: dict[str, Any], transcript: Transcript, then: Then | None = None) -> None:
-        """Keep the record of a process that has gone; the oldest make room.
-
-        `then`: called in the loop, with True once it is committed, with False when that has failed.
-        """
-        self._keep("ended", Record.of(row, transcript), then)
+    def keep(self, row: dict[str, Any], transcript: Transcript) -> None:
+        """Keep the record of a process that has gone; the oldest make room."""
+        self._keep("ended", Record.of(row, transcript))
 
     def lose(self, process_id: str, reason: str) -> None:
         """Nothing is left of a process that was alive."""
@@ -447,14 +451,14 @@ class ThreadJournal:
         row = self._journal.rows(self.thread_id, [process_id]).get(process_id)
         if row:
             self._lost.add(process_id)
-            self._keep("lost", Record.lost({**row, "call_id": call_id}, reason), None)
+            self._keep("lost", Record.lost({**row, "call_id": call_id}, reason))
             return
         # The broker that knew it was killed before it could write that down.
         if call_id:
             self._calls[call_id] = process_id
         self.expired(process_id)
 
-    def _keep(self, state: Literal["ended", "lost"], record: Record, then: Then | None) -> None:
+    def _keep(self, state: Literal["ended", "lost"], record: Record) -> None:
         process_id, call_id = record.row["process_id"], record.row["call_id"]
         self._load()[process_id] = call_id
         if state == "ended":
@@ -463,8 +467,7 @@ class ThreadJournal:
             self._calls[call_id] = process_id
             if len(self._calls) > CALLS_REMEMBERED:
                 self._forget(next(iter(self._calls)))
-        then_all = [then] if then else []
-        self._journal.put(Change((self.thread_id, process_id), state, call_id, record=record, then=then_all))
+        self._journal.put(Change((self.thread_id, process_id), state, call_id, record=record))
         self._journal.expire()
 
     def _forget(self, call_id: str) -> None:
@@ -473,11 +476,17 @@ class ThreadJournal:
         if not self._journal.is_kept((self.thread_id, process_id)):
             self.expired(process_id)
 
-    def never_ran(self, process_id: str, then: Then | None = None) -> None:
+    def never_ran(self, process_id: str) -> None:
         """A process that was deposited was not started: its id has been used, and its call may come again."""
         self._load()[process_id] = ""
-        then_all = [then] if then else []
-        self._journal.put(Change((self.thread_id, process_id), "expired", then=then_all))
+        self._journal.put(Change((self.thread_id, process_id), "expired"))
+
+    def then(self, process_id: str, tell: Callable[[bool], None]) -> None:
+        """Have `tell` called in the loop: with True once what was said of a process is committed.
+
+        With False when that has failed.
+        """
+        self._journal.then((self.thread_id, process_id), tell)
 
     def expired(self, process_id: str) -> None:
         """Let what is kept of a process go."""

@@ -291,12 +291,12 @@ class Processes(ABC):
         except KeyError:
             self._world.log(f"process {entry.key}: {event} in {entry.custody} ignored")
             return
+        if event is Event.NEVER_RAN:
+            self.threads[entry.key[0]].journal.never_ran(entry.key[1])
         for effect in effects:
             self._do(entry, effect, former, notice)
         if entry.state is State.GONE:
             thread = self.threads[entry.key[0]]
-            if event is Event.NEVER_RAN:
-                thread.journal.never_ran(entry.key[1])
             if thread.entries.get(entry.key[1]) is entry:
                 del thread.entries[entry.key[1]]
         entry.tell()

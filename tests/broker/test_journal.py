@@ -99,7 +99,9 @@ class Brokers:
 
     def finish(self, thread: ThreadJournal, process_id: str, output: bytes = b"x", then: Any = None) -> None:
         self.begin(thread, process_id)
-        thread.keep(row_of(process_id), self.transcript(process_id, output), then)
+        thread.keep(row_of(process_id), self.transcript(process_id, output))
+        if then:
+            thread.then(process_id, then)
 
     def sql(self, query: str, *values: Any) -> list[Any]:
         """Look into the file, or change it, from outside."""
@@ -543,8 +545,11 @@ async def test_whoever_wants_to_know_is_told_in_the_loop_once_it_is_committed(br
     brokers.finish(journal.thread("t"), "1000", then=then("kept"))
     assert brokers.sql("SELECT * FROM processes") == [], "not before"
     assert await told.get() == ("kept", True, [("ended",)])
-    journal.thread("t").never_ran("2000", then=then("never ran"))
+    journal.thread("t").never_ran("2000")
+    journal.thread("t").then("2000", then("never ran"))
     assert await told.get() == ("never ran", True, [("ended",)])
+    journal.thread("t").then("2000", then("has been"))
+    assert await told.get() == ("has been", True, [("ended",)])
     # What is replaced before it is written is told with what replaces it.
     journal = brokers.start(count=0)
     brokers.finish(journal.thread("t"), "1000", then=then("kept"))
@@ -577,7 +582,8 @@ async def main():
     facts = Facts("t", "1000", "call-1000", "m" * 32, (b"x",), b"/", True, 80, 24, 0, kernel.boot_id(), Kept())
     fd = Transcript.create(facts, Lease(pid=1, start_time=1, epoch=1))
     os.write(fd, b"all of it")
-    thread.keep(json.loads(sys.argv[2]), Transcript(fd), lambda written: os.kill(os.getpid(), signal.SIGKILL))
+    thread.keep(json.loads(sys.argv[2]), Transcript(fd))
+    thread.then("1000", lambda written: os.kill(os.getpid(), signal.SIGKILL))
     await asyncio.sleep(3600)
 asyncio.run(main())
 """
@@ -839,10 +845,14 @@ async def test_a_full_disk_keeps_what_ends_in_memory_says_so_once_and_writes_it_
     with files_no_larger_than(100_000):
         for process_id, transcript in made.items():
             brokers.begin(thread, process_id)
-            thread.keep(row_of(process_id), transcript, lambda written, id=process_id: told.append((id, written)))
+            thread.keep(row_of(process_id), transcript)
+            thread.then(process_id, lambda written, id=process_id: told.append((id, written)))
         brokers.begin(thread, "4000")
         journal.flush()
         assert sorted(told) == [("1000", False), ("2000", True), ("3000", False)]
+        thread.then("1000", lambda written: told.append(("1000 later", written)))
+        await asyncio.sleep(0)
+        assert told.pop() == ("1000 later", False)
         assert "I/O" in journal.trouble or "full" in journal.trouble
         assert thread.get("1000").data == big
         assert thread.get("2000").data == small
