@@ -399,6 +399,8 @@ class ProcessManager:
         self.used.add(held.process_id)
         self._processes[held.process_id] = managed
         self._calls[facts.call_id] = held.process_id
+        # Collected, and here again: the broker died before it had recorded that.
+        self._collected.pop(facts.call_id, None)
         if call_id is not None:
             pid = held.transcript.live().pid
             self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))

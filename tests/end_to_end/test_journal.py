@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ async def kill_broker(home: Home) -> None:
     os.kill(broker, signal.SIGKILL)
     # By its pidfd: a zombie's other threads may still hold its sockets.
     assert await asyncio.to_thread(ended_within, broker, PATIENCE)
+
+
+def killed(home: Home) -> list[int]:
+    """Kill everything at once, and return what there was: somebody may have been started meanwhile."""
+    pids = home.pids()
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
 
 
 async def written(home: Home, process_id: str, state: str) -> None:
@@ -64,6 +74,24 @@ async def test_limits_and_calls_and_ids_survive_a_killed_broker(home: Home) -> N
         assert (await thread.exec_command(["echo", "new"])).process_id not in ids
 
 
+@pytest.mark.skipif(find_spec("outlive.broker.keeper") is None, reason="descriptors die with the broker")
+async def test_a_broker_that_is_killed_right_after_an_end_has_written_it_or_the_next_one_finds_the_process(
+    home: Home,
+) -> None:
+    for number in range(4):
+        async with outlive.connect() as host:
+            thread = await host.thread("t")
+            ended = await thread.exec_command(f"echo {number}; exit {number + 1}", call_id=f"call-{number}")
+            assert ended.exit_code == number + 1
+            await kill_broker(home)
+        async with outlive.connect() as host:
+            thread = outlive.Thread(host, "t")
+            assert await thread.wait(ended.process_id) == outlive.Outcome("exited", code=number + 1)
+            assert await thread.output(ended.process_id) == b"%d\n" % number
+            again = await thread.exec_command("echo another", call_id=f"call-{number}")
+            assert (again.process_id, again.exit_code) == (ended.process_id, number + 1)
+
+
 async def test_an_epoch_is_never_used_twice_whoever_dies(home: Home) -> None:
     epochs = []
     for _ in range(3):
@@ -87,11 +115,7 @@ async def test_after_a_reboot_what_lived_is_lost_and_what_had_ended_is_there(hom
         await written(home, lived.process_id, "alive")
         await written(home, ended.process_id, "ended")
     # A machine that loses its power, for those who look at the files: nothing is left but these.
-    await kill_broker(home)
-    for pid in home.pids():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    await eventually(lambda: not home.pids())
+    await eventually(lambda: not killed(home))
     for path in home.paths.run.rglob("*"):
         if not path.is_dir():
             path.unlink()
