@@ -23,8 +23,9 @@ Always true
     A database that is damaged, newer, or not ours is renamed, never deleted; whatever ids can be read in it are
     taken over, so that they are not given out again.
     Write-ahead log and synchronous=NORMAL: a commit is written, not flushed.  `kill -9` of the broker loses nothing
-    that was committed.  A power loss or a crash of the kernel may lose the last commits, back to the last
-    checkpoint (4 MB of log, or the broker's end), and never damages what was before.
+    that was committed.  A power loss or a crash of the kernel may lose the last commits: those that the kernel
+    has not written back by itself (about 30 s), at worst all since the last checkpoint (4 MB of log, or the
+    broker's end).  It never damages what was before.
 
 Not here
     What is written when, and what has to go: `journal`.
@@ -105,13 +106,15 @@ _MACHINE = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_MISUSE,
     sqlite3.SQLITE_NOLFS,
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+# What SQLite raises; the second where a damaged name in its message is no text.
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 
 @dataclass(slots=True, eq=False)
@@ -191,7 +194,7 @@ class Database:
             self._open()
         except Unusable as error:
             self.set_aside(error)
-        except (sqlite3.Error, OSError) as error:
+        except (*_ERRORS, OSError) as error:
             self._complain(f"{self._path}: {_said(error)}; {_MEMORY_ONLY}")
             self._read_only()
 
@@ -254,7 +257,7 @@ class Database:
         former, self._reader, contents = self._reader, None, self.contents
         try:
             self._open()
-        except (Unusable, sqlite3.Error, OSError):
+        except (Unusable, *_ERRORS, OSError):
             self._reader, self.contents = former, contents
             return False
         if former:
@@ -283,7 +286,7 @@ class Database:
             self._complain(
                 f"{self._path} {error}; it is now {aside.name}, and what had ended before is not known here"
             )
-        except (Unusable, sqlite3.Error, OSError) as another:
+        except (Unusable, *_ERRORS, OSError) as another:
             self._disconnect()
             self._complete = not self._path.exists()
             self._complain(f"{self._path} {error}; in its place: {_said(another)}; {_MEMORY_ONLY}")
@@ -292,14 +295,14 @@ class Database:
         """Return threads with their epochs, and ids with their calls: as many as can be read."""
         threads: dict[str, int] = {}
         ids: dict[Key, str | None] = {}
-        with suppress(sqlite3.Error), closing(_connect(self._path, 0.0)) as connection:
-            with suppress(sqlite3.Error):
+        with suppress(*_ERRORS), closing(_connect(self._path, 0.0)) as connection:
+            with suppress(*_ERRORS):
                 for name, epoch in connection.execute("SELECT name, epoch FROM threads"):
                     if _is_name(name) and isinstance(epoch, int):
                         threads[name] = epoch
             # The table, and its index, which may be whole where the other is not.
             for query in ("SELECT thread, id, call_id FROM processes", "SELECT thread, id, NULL FROM processes"):
-                with suppress(sqlite3.Error):
+                with suppress(*_ERRORS):
                     for name, number, call_id in connection.execute(query):
                         if _is_name(name) and _is_id(number):
                             threads.setdefault(name, 0)
@@ -354,8 +357,8 @@ class Database:
             return []
         try:
             return self._reader.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            if self._writer and _code(error) in _DAMAGE:
+        except _ERRORS as error:
+            if self._writer and _is_damage(error):
                 raise Unusable("damaged", f"is damaged ({_said(error)})") from None
             self._log(f"journal: {self._path} cannot be read: {_said(error)}")
             return []
@@ -370,9 +373,9 @@ class Database:
             self._write(threads, changes)
             self._shrink()
             return [], ""
-        except sqlite3.Error as error:
+        except _ERRORS as error:
             reason = _said(error)
-            if _code(error) in _DAMAGE:
+            if _is_damage(error):
                 raise Unusable("damaged", f"is damaged ({reason})") from None
         failed = [change for change in changes if not self._written({}, change)]
         if failed or not self._written(threads):
@@ -383,10 +386,10 @@ class Database:
         try:
             self._write(threads, [change] if change else [])
             return True
-        except sqlite3.Error:
+        except _ERRORS:
             if change and change.record and change.record.data:
                 # There may be room for how it ended.
-                with suppress(sqlite3.Error):
+                with suppress(*_ERRORS):
                     self._write({}, [replace(change, record=replace(change.record, ranges=[], data=b""))])
             return False
 
@@ -406,7 +409,7 @@ class Database:
             writer.execute("COMMIT")
         finally:
             if writer.in_transaction:
-                with suppress(sqlite3.Error):
+                with suppress(*_ERRORS):
                     writer.execute("ROLLBACK")
 
     def _shrink(self) -> None:
@@ -419,7 +422,7 @@ class Database:
     def _disconnect(self) -> None:
         for connection in (self._reader, self._writer):
             if connection:
-                with suppress(sqlite3.Error):
+                with suppress(*_ERRORS):
                     connection.close()
         self._reader = self._writer = None
 
@@ -549,6 +552,11 @@ def _code(error: BaseException) -> int:
 
 def _is_the_machines(error: BaseException) -> bool:
     return _code(error) in _MACHINE
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Tell whether an error says that the file is not as we left it: any about what is in it, once it was open."""
+    return isinstance(error, UnicodeDecodeError) or (_code(error) > 0 and not _is_the_machines(error))
 
 
 def _said(error: BaseException) -> str:

@@ -712,7 +712,7 @@ def test_whatever_happened_to_the_file_the_broker_starts_and_keeps_what_ends(
     children: Any, tmp_path_factory: pytest.TempPathFactory, holes: list[tuple[float, bytes]], length: float
 ) -> None:
     async def act() -> None:
-        brokers = Brokers(tmp_path_factory.mktemp("damaged"), children)
+        brokers = Brokers(tmp_path_factory.mktemp("damaged"), own)
         fill(brokers)
         size = brokers.path.stat().st_size
         pieces = [(int(where * size), what) for where, what in holes]
@@ -730,7 +730,11 @@ def test_whatever_happened_to_the_file_the_broker_starts_and_keeps_what_ends(
         assert brokers.start().thread("t").get("3000").data == b"new"
         brokers.end()
 
-    asyncio.run(act())
+    own = type(children)()
+    try:
+        asyncio.run(act())
+    finally:
+        own.close()
 
 
 async def test_damage_that_is_met_while_it_is_used_sets_the_file_aside_and_keeps_what_is_known(
