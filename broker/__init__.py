@@ -3,7 +3,9 @@
 Read in this order; a module imports only from those above it, and from `common`.
     custody      who holds a process, and every move between holders.  Decides; does nothing.
     lifecycle    when a thread's worker is started, replaced, sent to bed, given up.  Decides; does nothing.
-    archive      what is kept of ended processes, and the ids a thread has used: files, no network.
+    records      what is kept of ended processes, and which of it has to go.  Decides; does nothing.
+    database     the journal's file, whatever is wrong with it.
+    journal      what must survive a reboot: threads, the ids they used, what became of them.
     detached     the `DetachedStore`: processes that the broker itself pumps.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
@@ -26,6 +28,6 @@ its processes to the broker by way of `custody` (`processes` starts pumps in `de
 by way of `lifecycle`; when that has registered, `threads` sends everything to it.  Calls that were under way fail
 with `WorkerGone` in `operations`, which asks the next worker.
 
-Places kept for what is to come: `wakes` (which endings wake which thread) and `journal` (what must survive a
-reboot) beside custody; `keeper`, the small parent of this process, beside `__main__`.
+Places kept for what is to come: `wakes` (which endings wake which thread) beside custody; `keeper`, the small
+parent of this process, beside `__main__`.
 """

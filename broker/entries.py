@@ -14,8 +14,8 @@ from ..common.descriptors import Handles
 from ..common.messages import ProcessRow, ThreadRow
 from ..common.outcome import Outcome
 from ..common.transcript import Transcript
-from .archive import ThreadArchive
 from .custody import Custody, State
+from .journal import ThreadJournal
 from .lifecycle import Life, Phase
 from .peers import Peer
 
@@ -126,15 +126,15 @@ class Entry(Changing):
 
 
 class Thread(Changing):
-    """One agent thread: its processes, its archive, its worker."""
+    """One agent thread: its processes, its part of the journal, its worker."""
 
-    def __init__(self, thread_id: str, archive: ThreadArchive) -> None:
+    def __init__(self, thread_id: str, journal: ThreadJournal) -> None:
         super().__init__()
         self.thread_id = thread_id
-        self.archive = archive
+        self.journal = journal
         self.entries: dict[str, Entry] = {}
         self.life = Life()
-        self.epoch = 0
+        self.epoch = journal.epoch
         self.worker_pid: int | None = None
         self.worker: Peer | None = None
         # The epoch whose channel is closed, for good if its worker is dead.
@@ -169,7 +169,7 @@ class Thread(Changing):
             epoch=self.epoch,
             attached=states.count(State.ATTACHED) + states.count(State.STARTING),
             detached=states.count(State.DETACHED),
-            ended=states.count(State.ENDED) + len(self.archive),
+            ended=states.count(State.ENDED) + len(self.journal),
         )
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -88,7 +87,7 @@ class Broker:
         self._sequence = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
         self._stopping = asyncio.Event()
-        self._log_fd = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._log_fd = paths.open_log()
         self.deltas_wanted = False
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
@@ -184,6 +183,10 @@ class Broker:
             self._found(fds)
         for handles in self._inheritance.handed:
             self.threads.found(handles, kept=self._inheritance.kept)
+        for thread_id, process_id in self.threads.journal.living():
+            thread = self.threads.threads[thread_id]
+            if process_id not in thread.entries and not thread.expected and not thread.unfinished:
+                self.threads.journal.lose(thread_id, process_id, "the broker and its keeper died")
 
     def _found(self, fds: list[int]) -> None:
         """The keeper has handed us what it keeps of one process."""
@@ -285,8 +288,10 @@ class Broker:
         return self._epochs.is_over(thread_id, epoch)
 
     def log(self, text: str) -> None:
-        """Write a line to the log."""
-        print(datetime.now(UTC).isoformat(timespec="milliseconds"), text, file=sys.stderr, flush=True)
+        """Write a line to the log; a full disk costs the line, and nothing else."""
+        line = f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {text}\n"
+        with suppress(OSError):
+            os.write(2, line.encode("utf-8", "backslashreplace"))
 
     def start_worker(self, thread_id: str, epoch: int) -> int:
         """Start a worker, and watch for its end."""

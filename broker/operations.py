@@ -49,12 +49,12 @@ from ..common.messages import (
 )
 from ..common.outcome import signal_name
 from ..common.paths import check_process
-from .archive import Record
 from .custody import Holder, State
 from .entries import Entry, Thread, rfc3339
 from .lifecycle import Phase
 from .peers import WorkerGone
 from .processes import World
+from .records import Record
 from .threads import ThreadManager
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
@@ -116,8 +116,8 @@ class Operations:
             )
         while True:
             await self._threads.started(thread, call.call_id)
-            if archived := thread.archive.calls.get(call.call_id):
-                return thread.archive.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
+            if archived := thread.journal.calls.get(call.call_id):
+                return thread.journal.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
             peer = await self._threads.worker(thread)
             await self._threads.handed_over(thread)
             entry = thread.entry_of_call(call.call_id)
@@ -141,7 +141,7 @@ class Operations:
                 raise  # it may still start it
             except OutliveError as error:
                 peer.starts.discard(call.call_id)
-                if isinstance(error, ExpiredProcess) and call.call_id in thread.archive.calls:
+                if isinstance(error, ExpiredProcess) and call.call_id in thread.journal.calls:
                     continue  # collected a moment ago
                 raise
             peer.starts.discard(call.call_id)
@@ -206,7 +206,7 @@ class Operations:
                 call = self._still_to_type(found, call, before)
                 continue
             except UnknownProcess:
-                if call.process_id in thread.archive:  # collected by another call a moment ago
+                if call.process_id in thread.journal:  # collected by another call a moment ago
                     continue
                 raise
             except Unavailable as error:
@@ -269,7 +269,7 @@ class Operations:
             yield held
         finally:
             entry.talks -= 1
-            # After the reply has been sent: writing a file takes its time.
+            # After the reply has been sent: reading what is kept takes its time.
             asyncio.get_running_loop().call_soon(self._threads.settle, entry)
 
     def _relayed(self, thread: Thread, result: Any) -> None:
@@ -311,7 +311,7 @@ class Operations:
                 return self._read(found, call)
 
     def _read(self, entry: Entry, call: ReadOutput) -> Output:
-        found = self._find(*entry.key)  # it may have been archived meanwhile
+        found = self._find(*entry.key)  # it may have gone into the journal meanwhile
         if isinstance(found, Record):
             return found.piece(call.offset, call.limit)
         assert found.transcript is not None
@@ -330,10 +330,10 @@ class Operations:
         rows: list[Any] = []
         for thread in threads:
             if call.ended:
-                for number, row in enumerate(thread.archive.rows()):
+                for number, row in enumerate(thread.journal.rows()):
                     rows.append(row)
                     if number % 50 == 49:
-                        await asyncio.sleep(0)  # a file each: let others have their turn
+                        await asyncio.sleep(0)  # let others have their turn
             rows += [
                 entry.row(thread.worker_pid)
                 for entry in list(thread.entries.values())
@@ -376,6 +376,7 @@ class Operations:
             "transcript_mode": self._mode,
             "descriptors_left": self._world.descriptors_left(),
             "started_at": rfc3339(self._started),
+            "journal_trouble": self._threads.journal.trouble or None,
             "upgrade_failed": self._world.upgrade_failed or None,
         }
 

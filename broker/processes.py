@@ -15,8 +15,7 @@ import os
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -35,20 +34,16 @@ from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
 from ..common.transcript import Transcript
 from . import custody, findings
-from .archive import Record, ThreadArchive
 from .custody import Effect, Event, Holder, State
 from .detached import DetachedStore
 from .entries import Entry, Thread
 from .findings import EVENTS, VERDICTS, Leaseholder, Verdict
+from .journal import Journal
 from .lifecycle import Phase
 from .peers import Peer
+from .records import Limits, Record
 
-# Records that may wait to be written; each may hold a whole transcript.
-WRITES_MAX = 64
-# Seconds until records are written: a new file takes longer than the short command it is about, and the next one
-# should not have to share the processor with it.
-WRITE_DELAY = 0.05
-# Threads at most: each has files, and a worker when awake.
+# Threads at most: each has a worker when awake.
 THREADS_MAX = 10_000
 # Ends of adopted processes that are remembered until their descriptors are found.
 ORPHANS_MAX = 4096
@@ -113,19 +108,15 @@ class Processes(ABC):
         # How many descriptors of processes are held.
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        # One thread, so that files are written in order; a new file takes longer than the command it is about.
-        self._writer = ThreadPoolExecutor(1, "archive")
-        self._to_write: list[Callable[[], None]] = []
-        self._writing_soon: asyncio.TimerHandle | None = None
-        self._batch: Future[None] | None = None
         # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
         self._orphans: dict[int, list[tuple[int, int]]] = {}
-        for folder in sorted(paths.threads.iterdir()):
-            if folder.is_dir():
-                try:
-                    self.create(folder.name)
-                except OutliveError as error:  # one folder must not keep everybody's broker down
-                    world.log(f"{folder} is left alone: {error}")
+        limits = Limits(config.ended_keep_hours * 3600, config.ended_keep_count, config.journal_max_mb << 20)
+        self.journal = Journal(paths.journal, limits, kernel.boot_id(), world.log)
+        for thread_id in self.journal.thread_ids:
+            try:
+                self.create(thread_id)
+            except OutliveError as error:  # one name must not keep everybody's broker down
+                world.log(f"journal: {error}; left alone")
 
     @abstractmethod
     def take_back(self, thread: Thread) -> None:
@@ -138,18 +129,10 @@ class Processes(ABC):
         check_thread(thread_id)
         if len(self.threads) >= THREADS_MAX:
             raise LimitReached(
-                f"{THREADS_MAX} threads exist; use one of them, or remove some from the state folder"
+                f"{THREADS_MAX} threads exist; use one of them, or end the broker and move its journal "
+                f"{self._paths.journal} away"
             )
-        try:
-            archive = ThreadArchive(
-                self._paths.threads / thread_id,
-                self._config.ended_keep_hours,
-                self._config.ended_keep_count,
-                self._write_later,
-            )
-        except OSError as error:
-            raise Unavailable(f"state folder: {error}; make room or rights, then try again") from None
-        thread = self.threads[thread_id] = Thread(thread_id, archive)
+        thread = self.threads[thread_id] = Thread(thread_id, self.journal.thread(thread_id))
         return thread
 
     def get(self, thread_id: str) -> Thread:
@@ -159,29 +142,6 @@ class Processes(ABC):
         if thread is None:
             raise UnknownThread(f"thread {thread_id} is not known; `outlive exec -t {thread_id} …` creates it")
         return thread
-
-    def _write_later(self, write: Callable[[], None]) -> None:
-        self._to_write.append(write)
-        if len(self._to_write) >= WRITES_MAX:
-            self._write_now()
-        elif self._writing_soon is None:
-            self._writing_soon = asyncio.get_running_loop().call_later(WRITE_DELAY, self._write_now)
-
-    def _write_now(self) -> None:
-        if self._writing_soon:
-            self._writing_soon.cancel()
-            self._writing_soon = None
-        if self._batch and self._to_write:
-            wait({self._batch})  # a disk that slow has to slow us down: memory is not endless
-        writes, self._to_write = self._to_write, []
-        self._batch = self._writer.submit(self._write, writes)
-
-    def _write(self, writes: list[Callable[[], None]]) -> None:
-        for write in writes:
-            try:
-                write()
-            except OSError as error:
-                self._world.log(f"archive: {error}")
 
     def entries(self) -> Iterator[Entry]:
         """Yield every held process."""
@@ -198,15 +158,15 @@ class Processes(ABC):
         ]
 
     def find(self, thread_id: str, process_id: str) -> Entry | Record:
-        """Return a process, held or archived; raises `UnknownThread`, `UnknownProcess`, `ExpiredProcess`."""
+        """Return a process, held or recorded; raises `UnknownThread`, `UnknownProcess`, `ExpiredProcess`."""
         thread = self.get(thread_id)
         entry = thread.entries.get(process_id)
-        if entry is None and thread.expected and process_id not in thread.archive:
+        if entry is None and thread.expected and process_id not in thread.journal:
             raise Unavailable(
                 f"thread {thread_id}: its worker (pid {thread.worker_pid}) survived the former broker and has not "
                 "reported yet, so its processes are not known; try again"
             )
-        return entry if entry is not None else thread.archive.get(process_id)
+        return entry if entry is not None else thread.journal.get(process_id)
 
     def entry_by_pid(self, pid: int) -> Entry | None:
         """Return the process that runs as `pid`: for an adopted orphan that has ended."""
@@ -300,7 +260,7 @@ class Processes(ABC):
         entry = Entry(key, epoch)
         entry.transcript = transcript
         thread.entries[key[1]] = entry
-        thread.archive.use(key[1])
+        thread.journal.use(key[1], transcript.facts.call_id, partial(_line, entry, thread))
         return entry
 
     def _adopt(self, entry: Entry, handles: Handles, *, kept: bool) -> None:
@@ -324,7 +284,7 @@ class Processes(ABC):
             handles.close()
             return
         entry = thread.entries.get(facts.process_id)
-        if entry is None and facts.process_id in thread.archive:
+        if entry is None and facts.process_id in thread.journal:
             handles.close()  # its record was written, and then there was no time to have it closed
             self._world.unkeep(facts.mark)
             return
@@ -431,6 +391,8 @@ class Processes(ABC):
         except KeyError:
             self._world.log(f"process {entry.key}: {event} in {entry.custody} ignored")
             return
+        if event is Event.NEVER_RAN:
+            self.threads[entry.key[0]].journal.never_ran(entry.key[1])
         for effect in effects:
             self._do(entry, effect, former, notice)
         if entry.state is State.GONE:
@@ -459,13 +421,13 @@ class Processes(ABC):
             if former is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
                 self.spawn(self._tell(thread.worker, Forget(process_ids=[process_id])))
         elif effect is Effect.ARCHIVE and entry.transcript:
-            thread.archive.keep(msgspec.to_builtins(entry.row(thread.worker_pid)), entry.transcript)
+            thread.journal.keep(msgspec.to_builtins(entry.row(thread.worker_pid)), entry.transcript)
         elif effect is Effect.CLOSE_HANDLES:
             self.descriptors -= len(entry.handles)
             if entry.transcript:
                 # After the record was written: a broker that dies in between must find either.
-                loop, mark = asyncio.get_running_loop(), entry.transcript.facts.mark
-                self._write_later(partial(_later, loop, self._world.unkeep, mark))
+                mark = entry.transcript.facts.mark
+                thread.journal.then(process_id, lambda _: self._world.unkeep(mark))
             entry.handles.close()
 
     def _start_pump(self, entry: Entry) -> None:
@@ -533,13 +495,17 @@ class Processes(ABC):
             left[entry.key] = self.store.remove(entry.key) or entry.handles
             entry.handles = Handles()
         self.store.close()
-        self._write_now()
-        self._writer.shutdown()
+        self.journal.close()
         return left
 
 
-def _later(loop: asyncio.AbstractEventLoop, do: Callable[[str], None], mark: str) -> None:
-    loop.call_soon_threadsafe(do, mark)
+def _line(entry: Entry, thread: Thread) -> dict[str, Any] | None:
+    """Return a process's line of `ps`; `None` when its header makes no sense any more."""
+    try:
+        row: dict[str, Any] = msgspec.to_builtins(entry.row(thread.worker_pid))
+    except (PeerError, OSError):
+        return None
+    return row
 
 
 def _starting_pid(entry: Entry) -> int:

@@ -135,7 +135,7 @@ class Workers(Processes):
             elif entry.epoch == peer.epoch and entry.custody.holder is not Holder.BROKER:
                 self._unheld(entry, under_way=entry.key[1] in starting)
         self._live(thread, lifecycle.Event.REGISTERED)
-        return Welcome.of(thread.archive.ids, deltas=self._world.deltas_wanted)
+        return Welcome.of(thread.journal.ids, deltas=self._world.deltas_wanted)
 
     def _unheld(self, entry: Entry, *, under_way: bool) -> None:
         """A worker registered without a process that is its by our books, or by its header."""
@@ -231,6 +231,7 @@ class Workers(Processes):
         loop = asyncio.get_running_loop()
         if effect is Effect.START_WORKER:
             thread.epoch += 1
+            thread.journal.reached(thread.epoch)
             try:
                 thread.worker_pid = self._world.start_worker(thread.thread_id, thread.epoch)
             except OSError as error:

@@ -225,7 +225,7 @@ def _start_broker(paths: Paths) -> str:
     """Start a keeper that is nobody's child; return the one line its broker says, empty when it said none."""
     paths.prepare()
     ready, theirs = os.pipe()
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = paths.open_log()
     try:
         arguments = [str(launch.FIRST_FD)]
         pid = launch.launch("outlive.broker.keeper", arguments, fds=[theirs], log=log, forsaken=True)

@@ -142,7 +142,7 @@ class ReadOutput(Body, frozen=True, kw_only=True):
 
 
 class ListProcesses(Body, frozen=True, kw_only=True):
-    """Processes of one thread or of all; `ended`: those of the archive too."""
+    """Processes of one thread or of all; `ended`: those of the journal too."""
 
     thread: Name | None = None
     ended: bool = False

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +92,27 @@ class Paths:
         return self.state / "broker.log"
 
     @property
-    def threads(self) -> Path:
-        """One folder a thread: the ids it used, and what is kept of its ended processes."""
-        return self.state / "threads"
+    def journal(self) -> Path:
+        """The database of threads, the ids they used, and what is kept of their ended processes."""
+        return self.state / "journal.db"
 
     def prepare(self) -> None:
-        """Make the folders, and refuse those that somebody else could write to."""
-        for folder in (self.run, self.workers, self.state, self.threads):
+        """Make the folders, and refuse those that somebody else could write to.
+
+        A state folder that cannot be made keeps nobody from working: the journal says what that costs.
+        """
+        for folder in (self.run, self.workers):
             private_folder(folder)
+        with suppress(OSError):
+            _make_private(self.state)
+
+    def open_log(self) -> int:
+        """Return the log for appending to it, or /dev/null where it cannot be written."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(self.log, flags, 0o600)
+        except OSError:
+            return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 class SocketPath:
@@ -128,10 +142,14 @@ class SocketPath:
 def private_folder(folder: Path) -> None:
     """Make `folder` (0700); raises `BadRequest` when it is not ours alone and cannot be made so."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        _make_private(folder)
     except OSError as error:
         raise BadRequest(f"folder {folder}: {error.strerror}; set OUTLIVE_HOME to one you can write to") from None
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
     if found.st_uid != os.getuid():
         raise BadRequest(f"folder {folder} belongs to user {found.st_uid}, not to you ({os.getuid()})")
     if stat.S_IMODE(found.st_mode) & 0o077:

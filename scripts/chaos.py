@@ -217,7 +217,7 @@ class Mayhem:
             await self._compare(thread, process_id, who, tag, count)
         reply = await self.until_done(thread.write_stdin, process_id)
         toll.count("outcomes_wrong", reply.exit_code != right.exit_code, f"{who}: poll says {reply.exit_code}")
-        await self._compare(thread, process_id, who, tag, count)  # from the archive
+        await self._compare(thread, process_id, who, tag, count)  # from the journal
 
     async def _look(self, thread: outlive.Thread, process_id: str, who: str, tag: int) -> None:
         """Compare the end of a growing transcript, before it is punched out."""

@@ -175,7 +175,10 @@ class Nursery:
 
     def _launch(self) -> _Spawner:
         ours, theirs = channel.pair()
-        log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if self._log else -1
+        log = -1
+        if self._log:
+            with suppress(OSError):  # a state folder that cannot be written keeps nobody from working
+                log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             lock = [self._lock] if self._lock >= 0 else []
             pid = launch("outlive.worker.spawner", fds=[theirs.fileno(), *lock], log=log)

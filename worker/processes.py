@@ -60,7 +60,7 @@ RESERVE = 64
 # The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
 RANDOM_IDS = range(1000, 100_000)
 # Calls remembered after their process was collected.  A repetition may be on its way before the broker has heard of
-# that; what comes later, the broker answers from its archive.
+# that; what comes later, the broker answers from its journal.
 CALLS_REMEMBERED = 10_000
 
 
@@ -444,6 +444,8 @@ class ProcessManager:
         self.used.add(held.process_id)
         self._processes[held.process_id] = managed
         self._calls[facts.call_id] = held.process_id
+        # Collected, and here again: the broker died before it had recorded that.
+        self._collected.pop(facts.call_id, None)
         if call_id is not None:
             pid = held.transcript.live().pid
             self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))

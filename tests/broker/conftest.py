@@ -126,7 +126,7 @@ def copies() -> Callable[[Handles], Handles]:
 
 @pytest.fixture
 def descriptors() -> Callable[[], int]:
-    """Return how many descriptors this process has open, without the archive's files, which a thread writes."""
+    """Return how many descriptors this process has open, without the journal's files."""
 
     def ours(fd: str) -> bool:
         try:

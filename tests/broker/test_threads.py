@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ async def test_a_start_without_the_mark_never_ran(stage: Stage, channel_first: b
     else:
         stage.die(spawner_too=True)
     assert "1000" not in stage.thread.entries
-    assert "1000" in stage.thread.archive.ids, "the id is not given out again"
+    assert "1000" in stage.thread.journal.ids, "the id is not given out again"
 
 
 @pytest.mark.parametrize("channel_first", [True, False], ids=["channel, death", "death, channel"])
@@ -589,7 +590,7 @@ async def test_a_detached_end_is_recorded_at_once_and_announced_after_the_reatta
     assert stage.events("end") == ["1000"]
 
 
-async def test_a_collected_process_answers_from_the_archive_and_holds_no_descriptor(
+async def test_a_collected_process_answers_from_the_journal_and_holds_no_descriptor(
     stage: Stage, descriptors: Callable[[], int]
 ) -> None:
     await stage.wake()
@@ -680,12 +681,16 @@ async def test_the_death_of_a_former_epoch_is_no_news(stage: Stage) -> None:
     assert stage.thread.worker is stage.peer
 
 
-async def test_a_folder_that_is_no_thread_does_not_keep_the_broker_down(
+async def test_a_name_that_no_thread_may_have_does_not_keep_the_broker_down(
     pumps: Pumps, tmp_path: Path, children: Any
 ) -> None:
-    (tmp_path / "state/threads/lost+found").mkdir(parents=True)
-    (tmp_path / "state/threads/kept").mkdir()
+    stage = Stage(pumps, tmp_path, children)
+    stage.close()
+    with sqlite3.connect(tmp_path / "state/journal.db") as connection:
+        connection.execute("INSERT INTO threads VALUES ('../x', 3), ('kept', 3)")
+    connection.close()
     stage = Stage(pumps, tmp_path, children)
     assert sorted(stage.manager.threads) == ["kept", "t"]
-    assert any("lost+found" in line for line in stage.world.logged)
+    assert stage.manager.threads["kept"].epoch == 3
+    assert any("../x" in line for line in stage.world.logged)
     stage.close()

@@ -67,7 +67,7 @@ def test_outlive_home_holds_everything() -> None:
     assert (paths.run, paths.state, paths.config) == (Path("/h/run"), Path("/h/state"), Path("/h/config.toml"))
     folders = (paths.lock, paths.control, paths.events, paths.channel, paths.workers)
     assert all(path.parent == paths.run for path in folders)
-    assert all(path.parent == paths.state for path in (paths.log, paths.threads))
+    assert all(path.parent == paths.state for path in (paths.log, paths.journal))
 
 
 def test_a_relative_home_does_not_move_with_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_every_folder_is_made_private(tmp_path: Path) -> None:
     paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path / "home")})
     paths.prepare()
     paths.prepare()
-    for folder in (paths.run, paths.state, paths.workers, paths.threads):
+    for folder in (paths.run, paths.state, paths.workers):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -110,6 +110,16 @@ def test_a_folder_that_others_could_enter_is_closed_to_them(tmp_path: Path) -> N
     folder.chmod(0o777)
     private_folder(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_state_folder_that_cannot_be_made_keeps_nobody_from_working(tmp_path: Path) -> None:
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
+    paths.state.touch()
+    paths.prepare()
+    assert paths.workers.is_dir()
+    log = paths.open_log()
+    assert os.readlink(f"/proc/self/fd/{log}") == os.devnull
+    os.close(log)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")

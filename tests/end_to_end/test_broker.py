@@ -174,10 +174,10 @@ async def test_a_process_that_ends_while_there_is_no_broker_has_its_real_exit_co
         assert (await thread.write_stdin(child.process_id)).output.split() == ["last"]
 
 
-async def test_ended_processes_answer_from_the_archive_also_in_the_next_broker(
+async def test_ended_processes_answer_from_the_journal_also_in_the_next_broker(
     home: Home, host: outlive.Host
 ) -> None:
-    thread = await host.thread("archive")
+    thread = await host.thread("past")
     done = await thread.exec_command("echo kept; exit 5", call_id="once")
     for number in range(2):
         if number:
@@ -191,7 +191,7 @@ async def test_ended_processes_answer_from_the_archive_also_in_the_next_broker(
         answer = await thread.write_stdin(done.process_id, "late\n")
         assert any("nothing was typed" in warning for warning in answer.warnings)
         assert await thread.kill(done.process_id) == [
-            {"thread": "archive", "process_id": done.process_id, "signal": 15, "signalled": 0}
+            {"thread": "past", "process_id": done.process_id, "signal": 15, "signalled": 0}
         ]
     assert home.pids("worker") == []
 

@@ -58,4 +58,4 @@ async def test_a_process_whose_end_the_broker_told_is_let_go(home, host) -> None
     assert answer.exit_code == 137
     while (await host.status())["processes"]["ended"]:
         await asyncio.sleep(0.01)
-    assert (await thread.write_stdin(shell.process_id, resume=False)).exit_code == 137  # from the archive
+    assert (await thread.write_stdin(shell.process_id, resume=False)).exit_code == 137  # from the journal

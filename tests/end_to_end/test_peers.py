@@ -308,8 +308,10 @@ print(connection.recv(65536))
 
 
 async def test_the_folders_and_sockets_are_private(home: Home, host: outlive.Host) -> None:
-    for folder in (home.paths.run, home.paths.state, home.paths.workers, home.paths.threads):
+    for folder in (home.paths.run, home.paths.state, home.paths.workers):
         assert folder.stat().st_mode & 0o777 == 0o700
+    for ending in ("", "-wal", "-shm"):
+        assert os.stat(f"{home.paths.journal}{ending}").st_mode & 0o777 == 0o600
     assert len(home.sockets()) == 3
     for path in home.sockets():
         assert path.stat().st_mode & 0o777 == 0o600

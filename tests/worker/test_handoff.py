@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from outlive.common.descriptors import Handles
-from outlive.common.errors import UnknownProcess
+from outlive.common.errors import ExpiredProcess, UnknownProcess
 from outlive.common.messages import Delta, ExecCommand
 from outlive.common.outcome import Outcome
 from outlive.common.transcript import Lease, Transcript
@@ -89,6 +89,19 @@ async def test_what_is_printed_and_ends_in_between_is_there_afterwards(house: An
     assert (await new.write(two)).exit_code == 128 + 15
     assert {end.process_id for end in new.ends()} == {one, two}
     assert old.ends() == []
+
+
+async def test_a_process_that_was_collected_and_comes_back_answers_its_call_again(house: Any) -> None:
+    desk = house.desk()
+    command = [b"/bin/sh", b"-c", b"echo once; exit 5"]
+    response = await desk.run(command, call_id="same")
+    copies = desk.copies()
+    desk.manager.settle()
+    with pytest.raises(ExpiredProcess):
+        await desk.run(command, call_id="same")
+    assert desk.manager.import_processes(copies) == []  # the broker died before it had recorded that
+    again = await desk.run(command, call_id="same")
+    assert (again.process_id, again.output, again.exit_code) == (response.process_id, "once\n", 5)
 
 
 async def test_the_stream_of_deltas_goes_on_under_the_same_call_and_number(house: Any) -> None:
