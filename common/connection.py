@@ -75,6 +75,8 @@ class Connection:
                 return await answer
         finally:
             self._replies.pop(number, None)
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # it may have failed while nobody awaited it yet, which asyncio would report
 
     async def _until_lost(self) -> None:
         with suppress(TimeoutError):
