@@ -17,6 +17,7 @@ Read in this order; a module imports only from those above it.
     response     the result of one tool call, as an object and as text.
     held         one process in the hands of whoever pumps it, worker or broker.
     tree         every process that a child started, found and signalled.
+    unit         the broker's systemd unit, if it is installed: where it is, how it is started.
     connection   one connection to the broker: found or started, greeted, asked, lost.
     client       the Python API.
 

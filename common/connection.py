@@ -30,6 +30,7 @@ from .channel import Channel
 from .errors import HandoffError, PeerError, Unavailable
 from .messages import Body, Reply
 from .paths import Paths, SocketPath
+from .unit import installed
 
 # Seconds until a broker that is being started has to answer.
 START_DEADLINE = 20.0
@@ -93,6 +94,8 @@ class Connection:
                 return await answer
         finally:
             self._replies.pop(number, None)
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # it may have failed while nobody awaited it yet, which asyncio would report
 
     async def _until_lost(self) -> None:
         with suppress(TimeoutError):
@@ -176,7 +179,14 @@ async def _reach(paths: Paths, *, start: bool) -> Channel:
         was = f"; one was killed and is not back within {BACK_WITHIN:.0f} s, see {paths.log}" if refused else ""
         raise Unavailable(f"no broker runs for {paths.run}{was}; `outlive up` starts it")
     deadline = time.monotonic() + START_DEADLINE
-    said = await asyncio.to_thread(_start_broker, paths)
+    if unit := installed(paths.run):
+        if wrong := await asyncio.to_thread(unit.start, START_DEADLINE):
+            raise Unavailable(
+                f"{unit.path} did not start: {wrong}; see `systemctl {unit.manager} status {unit.name}`"
+            )
+        said = "ready"
+    else:
+        said = await asyncio.to_thread(_start_broker, paths)
     if said not in ("ready", "taken", ""):
         raise Unavailable(f"the broker did not start: {said}")
     while time.monotonic() < deadline:

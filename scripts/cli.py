@@ -11,7 +11,7 @@ Always true
     frame       what all commands share.
     tools       exec, write.
     views       what only looks: status, doctor, ps, threads, logs, wait, events.
-    orders      what changes something: up, down, kill, resize, and whatever is done to a thread.
+    orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
     doctor      the checks of `outlive doctor`.
 """
 
@@ -23,20 +23,12 @@ import sys
 import click
 
 from . import orders, tools, views
-from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Command
+from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Commands
 from .rendering import ReaderGone, message, write_json, write_line
 
 
-class _Commands(click.Group):
-    command_class = Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order below, which is that in which a person meets them."""
-        return list(self.commands)
-
-
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     params=[NO_START],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -74,6 +66,7 @@ for _command in (
     orders.reattach,
     orders.clean,
     orders.shutdown,
+    orders.broker,
 ):
     cli.add_command(_command)
 

@@ -51,6 +51,15 @@ class Command(click.Command):
         super().__init__(name, **settings)
 
 
+class Commands(click.Group):
+    """Commands in the order in which they were added: that in which a person meets them."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 command = partial(click.command, cls=Command)
 
 

@@ -9,6 +9,7 @@ import click
 
 from .arguments import Signal, Size, ThreadName
 from .frame import (
+    Commands,
     Process,
     command,
     in_thread,
@@ -225,3 +226,67 @@ def shutdown(thread: str | None, everything: bool, as_json: bool) -> None:
         show(rows if thread is None else rows[0], True, "")
     else:
         thread_table(rows)
+
+
+# The broker itself: how it is installed, and which code it runs.
+
+
+@click.group(cls=Commands)
+def broker() -> None:
+    """Install the broker as a systemd unit, or take it out again.
+
+    Under systemd it starts with the machine, and even the death of the broker and of its keeper at once loses
+    nothing: systemd holds copies of all descriptors.
+    """
+
+
+@command()
+@click.option(
+    "--user/--system", "user", default=True, help="Your own manager (default), or the machine's, as root."
+)
+@click.option("--dry-run", is_flag=True, help="Print the unit, and change nothing.")
+def install(user: bool, dry_run: bool, as_json: bool) -> None:
+    """Install the broker as a systemd unit and start it.
+
+    From then on it starts with the machine, and commands that need a broker start it through the unit.
+
+    \b
+    Examples: outlive broker install
+              sudo outlive broker install --system
+              outlive broker install --dry-run
+    """
+    from . import installation
+    from .rendering import message
+
+    if dry_run:
+        text = installation.preview(system=not user)
+        show({"text": text}, as_json, text)
+        return
+    done = installation.install(system=not user, say=message)
+    show(done, as_json, f"{done['unit']} is installed and runs: {done['path']}")
+
+
+@command()
+@click.option("--force", is_flag=True, help="End all processes first.")
+def uninstall(force: bool, as_json: bool) -> None:
+    """Stop the broker's systemd unit and remove it.
+
+    Refuses, naming them, while processes live.
+
+    \b
+    Example: outlive broker uninstall --force
+    """
+    from . import installation
+
+    def down(force: bool) -> list[str]:
+        answer = with_host(lambda host: host.down(force=force), start=False)
+        return [str(name) for name in answer["ended"]]
+
+    done = installation.uninstall(force=force, down=down)
+    ended = done["ended"]
+    text = f"{done['unit']} is removed" + (f"; ended {', '.join(ended)}" if ended else "")
+    show(done, as_json, text)
+
+
+for _command in (install, uninstall):
+    broker.add_command(_command)

@@ -24,6 +24,7 @@ OUTLIVE = str(Path(sysconfig.get_path("scripts")) / "outlive")
 COMMANDS = (
     *("up", "down", "status", "doctor", "exec", "write", "ps", "threads", "logs", "wait", "kill", "resize"),
     *("events", "detach", "resume", "reattach", "clean", "shutdown", "completion"),
+    *("broker install", "broker uninstall"),
 )
 # Seconds that one command may take on a busy machine before we call it hung.
 PATIENCE = 60
@@ -129,7 +130,7 @@ def one_line(message: bytes) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_has_an_example(cli_home: Home, command: str) -> None:
-    done = cli_home.run(command, "--help")
+    done = cli_home.run(*command.split(), "--help")
     assert done.returncode == 0
     assert re.search(rb"Examples?: .*outlive " + command.encode(), done.stdout)
 
