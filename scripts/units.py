@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..broker.keeper import NEEDED
 from ..common.errors import BadRequest
 from ..common.unit import RUN, SERVES
 
@@ -58,8 +59,11 @@ def render(service: Service) -> str:
         *([("User", str(service.uid))] if system else []),
         ("FileDescriptorStoreMax", str(STORED_MAX)),
         *([("FileDescriptorStorePreserve", "yes")] if service.systemd >= PRESERVE_SINCE else []),
-        # However the keeper ended, it was not the end of its processes.
+        # However the keeper ended, it was not the end of its processes; unless it says that it holds nothing, which
+        # is so after `outlive down`.
         ("Restart", "always"),
+        ("RestartPreventExitStatus", "0"),
+        ("SuccessExitStatus", str(NEEDED)),
         # Nor is its stop or restart: workers and children in the unit's cgroup run on.
         ("KillMode", "process"),
         # One child that met the memory's end: the default would stop the whole unit for it.

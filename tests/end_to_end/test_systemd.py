@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -113,3 +114,87 @@ def test_a_unit_that_does_not_come_up_is_taken_out_again(systemd: PrivateSystemd
     (systemd.home / "run").write_text("in the way")
     systemd.outlive("broker", "install", "--system", told="taken out again")
     assert "outlive" not in systemd.run("find", "/etc/systemd/system").stdout
+
+
+def test_a_home_may_be_called_what_means_something_to_systemd(systemd: PrivateSystemd) -> None:
+    systemd.environment["OUTLIVE_HOME"] = home = f"{systemd.folder}/a b %n %% $HOME ${{x}} \\x41 'q\" #;"
+    systemd.outlive("broker", "install", "--system")
+    assert systemd.outlive("status", "--no-start")["keeper_pid"] == int(shown(systemd, "MainPID"))
+    assert Path(home, "run/keeper").is_socket()
+    systemd.outlive("broker", "uninstall")
+
+
+def test_installing_again_changes_the_unit_and_not_the_broker_that_runs(systemd: PrivateSystemd) -> None:
+    unit = systemd.outlive("broker", "install", "--system")["path"]
+    before = systemd.outlive("status")
+    assert systemd.outlive("broker", "install", "--system")["path"] == unit
+    systemd.run("sed", "-i", "s/Restart=always/Restart=no/", unit)
+    systemd.outlive("broker", "install", "--system")
+    assert "Restart=always" in systemd.run("cat", unit).stdout
+    after = systemd.outlive("status")
+    assert (after["keeper_pid"], after["broker_pid"]) == (before["keeper_pid"], before["broker_pid"])
+    assert int(shown(systemd, "MainPID")) == after["keeper_pid"]
+
+
+def test_a_unit_of_another_home_is_left_alone(systemd: PrivateSystemd) -> None:
+    unit = systemd.outlive("broker", "install", "--system")["path"]
+    before = systemd.run("cat", unit).stdout
+    systemd.environment["OUTLIVE_HOME"] += "-other"
+    systemd.outlive("broker", "install", "--system", told=f"is for the broker of {systemd.home}/run")
+    systemd.outlive("broker", "uninstall", told="no unit is installed")
+    assert systemd.run("cat", unit).stdout == before
+    # It has a broker of its own, outside systemd.
+    systemd.outlive("up")
+    assert systemd.run("systemctl", "is-active", UNIT).stdout == "active\n"
+
+
+def test_after_down_the_unit_stays_down_until_somebody_needs_a_broker(systemd: PrivateSystemd) -> None:
+    systemd.outlive("broker", "install", "--system")
+    systemd.outlive("down")
+    while (state := shown(systemd, "ActiveState")) in ("active", "deactivating"):
+        pass
+    assert (state, shown(systemd, "Result"), shown(systemd, "NRestarts")) == ("inactive", "success", "0")
+    systemd.outlive("status", "--no-start", told="no broker runs")
+    keeper = systemd.outlive("status")["keeper_pid"]
+    assert int(shown(systemd, "MainPID")) == keeper
+    # Its log is where messages say, not in the journal.
+    log = systemd.run("readlink", f"/proc/{keeper}/fd/2").stdout.strip()
+    assert log == str(systemd.home / "state/broker.log")
+
+
+def test_whoever_needs_a_broker_has_the_stopped_unit_started(systemd: PrivateSystemd) -> None:
+    systemd.outlive("broker", "install", "--system")
+    systemd.outlive("exec", "--yield-ms", "250", "--tty", "--", "sh")
+    systemd.run("systemctl", "stop", UNIT)
+    assert shown(systemd, "Result") == "success"
+    systemd.outlive("status", "--no-start", told="no broker runs")
+    keeper = systemd.outlive("status")["keeper_pid"]
+    assert int(shown(systemd, "MainPID")) == keeper
+
+
+def test_a_unit_that_cannot_be_started_is_told_and_nothing_is_started_beside_it(systemd: PrivateSystemd) -> None:
+    unit = systemd.outlive("broker", "install", "--system")["path"]
+    systemd.run("systemctl", "stop", UNIT)
+    systemd.run("sed", "-i", "/ExecStart/d", unit)
+    systemd.run("systemctl", "daemon-reload")
+    systemd.outlive("up", told=f"systemctl --system status {UNIT}")
+    systemd.outlive("status", "--no-start", told="no broker runs")
+    systemd.outlive("broker", "uninstall")
+    systemd.outlive("up")
+
+
+def test_the_users_own_manager_runs_the_broker_and_a_refused_lingering_is_a_warning(
+    systemd: PrivateSystemd,
+) -> None:
+    systemd.start_user_manager()
+    done = systemd.run(OUTLIVE, "broker", "install", "--json")
+    assert "`sudo loginctl enable-linger" in done.stderr
+    installed = json.loads(done.stdout)
+    assert installed["lingering"] is False
+    assert installed["path"] == f"{systemd.folder}/config/systemd/user/outlive.service"
+    keeper = systemd.outlive("status")["keeper_pid"]
+    assert int(shown(systemd, "MainPID", "--user", "outlive.service")) == keeper
+    systemd.outlive("broker", "install", "--system", told="is installed for this broker already")
+    systemd.outlive("broker", "uninstall")
+    assert not Path(installed["path"]).exists()
+    systemd.outlive("status", "--no-start", told="no broker runs")

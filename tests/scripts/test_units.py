@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outlive.broker.keeper import NEEDED
 from outlive.common.errors import BadRequest
 from outlive.common.paths import Paths
 from outlive.common.unit import SERVES, installed, user_unit
@@ -42,6 +43,8 @@ def test_what_keeps_processes_alive_is_in_every_unit() -> None:
             "KillMode": "process",
             "OOMPolicy": "continue",
             "Restart": "always",
+            "RestartPreventExitStatus": "0",
+            "SuccessExitStatus": str(NEEDED),
             "TasksMax": "infinity",
             "Delegate": "yes",
             "LimitNOFILE": "1024:infinity",
