@@ -41,6 +41,8 @@ LONGEST_PAUSE = 30.0
 GIVE_UP_AFTER = 5
 # Ends of orphans that are remembered.
 RECORDS_MAX = 4096
+# Exit status with something left to keep, by which systemd knows that it has to start the next keeper.
+NEEDED = 75
 # Where what we hold is written down while we execute our own program: a descriptor.
 STATE = "OUTLIVE_KEEPER"
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)
@@ -95,6 +97,11 @@ class Keeper:
             signals = b""
             with suppress(BlockingIOError):
                 signals = os.read(self.woken, 1024)
+            if signal.SIGTERM in signals:
+                # systemd's is a stop: the end also of a broker that could not be told yet, or is not there.
+                self.stopping = self.stopping or bool(self.upwards)
+                if self.broker:
+                    os.kill(self.broker, signal.SIGTERM)
             self._receive()
             self._reap()
             if not self.broker:
@@ -104,8 +111,6 @@ class Keeper:
                 if time.monotonic() >= self.start_at:
                     self._start_broker()
             self._flush()
-            if signal.SIGTERM in signals and self.broker:
-                os.kill(self.broker, signal.SIGTERM)
             if signal.SIGHUP in signals:
                 self._execute_anew()
 
@@ -235,8 +240,8 @@ class Keeper:
         os.kill(os.getpid(), signal.SIGCHLD)  # who ended meanwhile
 
 
-def main() -> None:
-    """Run the keeper."""
+def main() -> int:
+    """Run the keeper; returns the exit status."""
     os.chdir("/")
     os.umask(0o077)
     launch.raise_limits()
@@ -246,12 +251,17 @@ def main() -> None:
     else:
         ready = int(sys.argv[1]) if len(sys.argv) > 1 else -1
         keeper.paths.prepare()
+        if keeper.upwards:  # one log, whoever started us
+            log = os.open(keeper.paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.dup2(log, 2)
+            os.close(log)
         if not keeper.begin(ready):
             if ready >= 0:
                 os.write(ready, b"taken")
-            return
+            return NEEDED if keeper.upwards else 0
     keeper.run()
+    return NEEDED if keeper.store else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
