@@ -5,7 +5,7 @@ Read in this order; each program stands after what it is made of.
     rendering    how results leave the command line.
     frame        what all commands share.
     tools        the commands exec and write.
-    doctor       the checks of `outlive doctor`.
+    doctor/      the checks of `outlive doctor`.
     views        the commands that look, and change nothing.
     orders       the commands that change something.
     cli          `outlive`, the command line.

@@ -1,0 +1,253 @@
+"""Sockets, locks and notes with and without somebody behind them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlive.common import kernel
+from outlive.scripts.doctor import runtime
+from outlive.scripts.doctor.processes import Seen
+from outlive.scripts.doctor.runtime import Answer, Door, Lock, Note, check_door, check_lock, knock
+
+RUN = Path("/home/me/run")
+STATES = ("absent", "stale", "listening", "full", "no socket", "unknown")
+STATUS: dict[str, Any] = {
+    "version": "1.0",
+    "protocol": 1,
+    "broker_pid": 7,
+    "keeper_pid": 6,
+    "transcript_mode": "spliced",
+    "descriptors_left": 5000,
+}
+
+
+def process(pid: int, role: str = "broker", state: str = "S", started: int = 100) -> Seen:
+    return Seen(pid, started, state, role, RUN, "", "?/?", "python -m outlive")
+
+
+# Sockets.
+
+
+@pytest.mark.parametrize(
+    ("door", "holder", "severity"),
+    [
+        (Door("channel", RUN, "absent"), 0, "ok"),
+        (Door("channel", RUN, "absent"), 7, "error"),
+        (Door("channel", RUN, "stale"), 0, "note"),
+        (Door("keeper", RUN, "stale"), 7, "warning"),
+        (Door("channel", RUN, "no socket"), 0, "warning"),
+        (Door("channel", RUN, "unknown", trouble="Permission denied"), 0, "warning"),
+        (Door("channel", RUN, "full"), 7, "error"),
+        (Door("channel", RUN, "listening", pid=7, user=1000), 7, "ok"),
+        (Door("channel", RUN, "listening", pid=7, user=0), 7, "error"),
+        (Door("control", RUN, "listening", mode=0o755, pid=7, user=1000), 7, "warning"),
+        (Door("keeper", RUN, "listening"), 6, "ok"),
+    ],
+)
+def test_each_state_of_a_socket_has_its_meaning(door: Door, holder: int, severity: str) -> None:
+    assert check_door(door, 1000, holder).severity == severity
+
+
+@given(st.sampled_from(STATES), st.sampled_from(["channel", "keeper"]), st.integers(0, 9), st.integers(-1, 2))
+def test_whatever_is_wrong_with_a_socket_comes_with_what_to_do(
+    state: str, name: str, holder: int, user: int
+) -> None:
+    found = check_door(Door(name, RUN, state, pid=holder, user=user), 1, holder)
+    assert bool(found.advice) == (found.severity in ("warning", "error"))
+
+
+def test_sockets_are_tried_out_without_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "channel"
+    assert knock("channel", path).state == "absent"
+    assert knock("channel", path / "under").state == "absent"
+    path.write_text("")
+    assert knock("channel", path).state == "no socket"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        assert knock("channel", path).state == "stale"  # nobody listens yet
+        listener.listen(0)
+        door = knock("channel", path)
+        assert (door.state, door.pid, door.user) == ("listening", os.getpid(), os.getuid())
+        for _ in range(10):  # those who hang up before they are accepted stay in the queue
+            knock("channel", path)
+        assert knock("channel", path).state == "full"
+    assert knock("channel", path).state == "stale"
+
+
+def test_a_keepers_socket_is_tried_out_without_sending(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 120) / "keeper"  # longer than a socket's path may be
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as listener:
+        folder = os.open(path.parent, os.O_PATH)
+        listener.bind(f"/proc/self/fd/{folder}/keeper")
+        os.close(folder)
+        assert knock("keeper", path).state == "listening"
+        with pytest.raises(BlockingIOError):
+            listener.recv(1)
+    assert knock("keeper", path).state == "stale"
+
+
+# Locks.
+
+
+@pytest.mark.parametrize(
+    ("lock", "severity"),
+    [
+        (Lock("lock", RUN, False, 0), "ok"),
+        (Lock("lock", RUN, True, 0), "ok"),
+        (Lock("lock", RUN, True, -1), "note"),
+        (Lock("lock", RUN, True, 7, "broker"), "ok"),
+        (Lock("keeper.lock", RUN, True, 6, "broker.keeper"), "ok"),
+        (Lock("lock", RUN, True, 9, "worker"), "error"),
+        (Lock("lock", RUN, True, 9, "", "sleep 1000"), "error"),
+    ],
+)
+def test_a_lock_in_the_wrong_hands_is_an_error(lock: Lock, severity: str) -> None:
+    found = check_lock(lock)
+    assert found.severity == severity
+    assert bool(found.advice) == (severity == "error")
+
+
+def test_a_lock_is_looked_up_and_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not runtime.look_at_lock("lock", path, []).exists
+    with path.open("w") as file:
+        assert runtime.look_at_lock("lock", path, []).holder == 0
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock = runtime.look_at_lock("lock", path, [process(os.getpid(), "broker")])
+        assert (lock.holder, lock.role) == (os.getpid(), "broker")
+    assert runtime.look_at_lock("lock", path, []).holder == 0
+
+
+def test_locks_are_read_from_the_kernels_list() -> None:
+    text = (
+        "1: FLOCK  ADVISORY  WRITE 4711 00:1a:123456 0 EOF\n"
+        "1: -> FLOCK  ADVISORY  WRITE 4712 00:1a:123456 0 EOF\n"
+        "2: POSIX  ADVISORY  READ 4713 08:01:99 0 EOF\n"
+        "3: FLOCK  ADVISORY  WRITE x y z w\n\n"
+    )
+    assert runtime.parse_locks(text) == [(4711, 0, 0x1A, 123456)]
+
+
+@given(st.text())
+def test_any_list_of_locks_is_survived(text: str) -> None:
+    runtime.parse_locks(text)
+
+
+def test_another_device_of_the_same_number_counts_only_for_who_has_the_file_open(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("")
+    inode = path.stat().st_ino
+    assert runtime.holder_of(path, [(5, 250, 250, inode)], set()) == 0
+    assert runtime.holder_of(path, [(5, 250, 250, inode)], {5}) == 5
+
+
+# The broker.
+
+
+def severities(answer: Answer) -> dict[str, str]:
+    return {found.check: found.severity for found in runtime.check_broker(answer, "1.0", 1, RUN)}
+
+
+def test_a_broker_that_answers_and_is_what_is_installed_is_fine() -> None:
+    assert set(severities(Answer(7, status=STATUS)).values()) == {"ok"}
+    assert severities(Answer()) == {"broker": "ok"}
+
+
+@pytest.mark.parametrize("wrong", [{"stopped": True}, {"silent": True}, {"trouble": "refused"}])
+def test_a_broker_that_does_not_answer_is_an_error(wrong: dict[str, Any]) -> None:
+    (found,) = runtime.check_broker(replace(Answer(7), **wrong), "1.0", 1, RUN)
+    assert (found.severity, found.pids) == ("error", (7,))
+    assert found.advice
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "severity"),
+    [
+        ({"version": "0.9"}, "version", "warning"),
+        ({"protocol": 2}, "version", "warning"),
+        ({"transcript_mode": "copied"}, "transcript mode", "warning"),
+        ({"keeper_pid": None}, "keeper", "warning"),
+        ({"keeper_version": "0.9"}, "keeper", "warning"),
+        ({"descriptors_left": 50}, "descriptors of the broker", "warning"),
+        ({"descriptors_left": -1}, "descriptors of the broker", "error"),
+    ],
+)
+def test_what_a_status_has_to_complain_about_is_told(change: dict[str, Any], check: str, severity: str) -> None:
+    found = severities(Answer(7, status={**STATUS, **change}))
+    assert found.pop(check) == severity
+    assert set(found.values()) == {"ok"}
+
+
+def test_a_status_of_another_version_that_says_less_is_survived() -> None:
+    assert severities(Answer(7, status={}))["broker"] == "ok"
+
+
+def test_a_broker_that_is_stopped_or_whose_queue_is_full_is_not_asked(tmp_path: Path) -> None:
+    from outlive.common.paths import Paths
+
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
+    door = Door("channel", paths.channel, "listening", pid=7)
+    assert runtime.ask(paths, 7, door, [process(7, state="T")], ended=False) == Answer(7, stopped=True)
+    assert runtime.ask(paths, 7, replace(door, state="full"), [process(7)], ended=False) == Answer(7, silent=True)
+    assert runtime.ask(paths, 0, replace(door, state="absent"), [], ended=True) == Answer()
+    assert runtime.ask(paths, 7, replace(door, state="stale"), [process(7)], ended=True) == Answer()
+
+
+def test_a_broker_whose_folder_was_removed_is_an_error_and_one_that_starts_a_note() -> None:
+    there = [process(7), process(8), process(9, "worker"), replace(process(10), run=Path("/other"))]
+    lost, starting = runtime.check_brokers([*there, process(11)], RUN, {7}, {8})
+    assert (lost.severity, lost.pids) == ("error", (8,))
+    assert (starting.severity, starting.pids) == ("note", (11,))
+    assert list(runtime.check_brokers(there[:1], RUN, {7}, ())) == []
+
+
+# Workers.
+
+
+def test_workers_that_are_dead_stopped_old_or_alone_are_told() -> None:
+    notes = [Note("a", 1, True), Note("b", 2, True), Note("c", 3, False)]
+    there = [process(1, "worker", "T", 50), process(2, "worker", "S", 150)]
+    found = list(runtime.check_workers(notes, there, 100.0, 0))
+    assert [(one.severity, one.pids) for one in found] == [
+        ("note", ()),
+        ("warning", (1,)),
+        ("note", (1,)),
+        ("warning", (1, 2)),
+    ]
+    (fine,) = runtime.check_workers(notes[:2], there[1:], None, 7)
+    assert fine.severity == "ok"
+
+
+def test_notes_are_read_as_they_are(tmp_path: Path) -> None:
+    assert runtime.read_notes(tmp_path / "missing") == []
+    us = {"pid": os.getpid(), "start": kernel.start_time(os.getpid()), "epoch": 1}
+    (tmp_path / "a").write_text(json.dumps(us))
+    (tmp_path / "b").write_text(json.dumps({**us, "start": 1}))
+    for name, text in (("c", "nonsense"), ("d", "[1]"), ("e", '{"pid": null, "start": 1}')):
+        (tmp_path / name).write_text(text)
+    assert [(note.thread, note.alive) for note in runtime.read_notes(tmp_path)] == [
+        ("a", True),
+        ("b", False),
+        ("c", False),
+        ("d", False),
+        ("e", False),
+    ]
+
+
+def test_the_installation_is_older_than_this_test() -> None:
+    installed, started = runtime.installed_at(), kernel.start_time(os.getpid())
+    assert installed is not None
+    assert started is not None
+    assert installed < started
