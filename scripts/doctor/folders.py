@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,11 +208,9 @@ def look(path: Path, mounts: dict[str, str]) -> Facts:
 
 def _links(path: Path) -> Iterator[Path]:
     for step in (path, *path.parents):
-        try:
+        with suppress(OSError):
             if step.is_symlink():
                 yield step
-        except OSError:
-            return
 
 
 def kind_of(path: Path, mounts: dict[str, str]) -> str:

@@ -150,7 +150,7 @@ def check_lock(lock: Lock) -> Finding:
     if not lock.exists:
         return Finding(lock.name, "ok", f"no {lock.path}", f"no {word} has run here")
     if lock.holder == -1:
-        meaning = "/proc/locks cannot be read, so who has it is not known"
+        meaning = "it, or the kernel's list of locks, cannot be looked at: who has it is not known"
         return Finding(lock.name, "note", str(lock.path), meaning)
     if lock.holder == 0:
         return Finding(lock.name, "ok", f"{lock.path} is free", f"no {word} runs here; a {word} may start")
@@ -177,13 +177,12 @@ def parse_locks(text: str) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def holder_of(path: Path, locks: Sequence[tuple[int, int, int, int]], has_open: Collection[int]) -> int:
-    """Return who holds the lock of `path`, 0 if nobody; raises `OSError` when there is no such file.
+def holder_of(found: os.stat_result, locks: Sequence[tuple[int, int, int, int]], has_open: Collection[int]) -> int:
+    """Return who holds the lock of a file, 0 if nobody.
 
     `has_open`: who has the file open.  Some file systems show another device in /proc/locks than in `stat`; there
     the inode's number counts if the process has the very file open.
     """
-    found = path.stat()
     for pid, major, minor, inode in locks:
         if inode == found.st_ino:
             if (major, minor) == (os.major(found.st_dev), os.minor(found.st_dev)) or pid in has_open:
@@ -193,19 +192,19 @@ def holder_of(path: Path, locks: Sequence[tuple[int, int, int, int]], has_open: 
 
 def look_at_lock(name: str, path: Path, processes: Sequence[Seen]) -> Lock:
     """Look up who holds a lock; takes none."""
-    if not path.exists():
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return Lock(name, path, False, 0)
+    except OSError:
+        return Lock(name, path, True, -1)
     try:
         locks = parse_locks(Path("/proc/locks").read_text(encoding="ascii"))
     except (OSError, UnicodeDecodeError):
         return Lock(name, path, True, -1)
-    try:
-        inode = path.stat().st_ino
-        has_open = {pid for pid, _, _, number in locks if number == inode and _has_open(pid, path)}
-        pid = holder_of(path, locks, has_open)
-    except OSError:
-        return Lock(name, path, True, -1)
-    seen = next((found for found in processes if found.pid == pid), None)
+    has_open = {pid for pid, _, _, inode in locks if inode == found.st_ino and _has_open(pid, path)}
+    pid = holder_of(found, locks, has_open)
+    seen = next((one for one in processes if one.pid == pid), None)
     return Lock(name, path, True, pid, seen.role if seen else "", seen.command if seen else "")
 
 

@@ -92,7 +92,9 @@ def examine(facts: Facts) -> Iterator[Finding]:
 
 def check_cgroup(facts: Facts) -> Finding:
     """Say what takes the broker's cgroup along."""
-    check, found = "cgroup", f"{facts.cgroup or 'not known'}, of {facts.whose}"
+    check, found = "cgroup", f"{facts.cgroup}, of {facts.whose}"
+    if not facts.cgroup:
+        return Finding(check, "note", "not known", "what takes the broker along cannot be told")
     advice = "`outlive broker install` makes it a service of its own; and `loginctl enable-linger`"
     unit = facts.cgroup.rstrip("/").rpartition("/")[2]
     place = place_of(facts.cgroup)

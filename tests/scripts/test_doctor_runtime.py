@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlive.common import kernel
-from outlive.scripts.doctor import runtime
+from outlive.scripts.doctor import folders, runtime
 from outlive.scripts.doctor.processes import Seen
 from outlive.scripts.doctor.runtime import Answer, Door, Lock, Note, check_door, check_lock, knock
 
@@ -148,9 +149,23 @@ def test_any_list_of_locks_is_survived(text: str) -> None:
 def test_another_device_of_the_same_number_counts_only_for_who_has_the_file_open(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("")
-    inode = path.stat().st_ino
-    assert runtime.holder_of(path, [(5, 250, 250, inode)], set()) == 0
-    assert runtime.holder_of(path, [(5, 250, 250, inode)], {5}) == 5
+    found = path.stat()
+    assert runtime.holder_of(found, [(5, 250, 250, found.st_ino)], set()) == 0
+    assert runtime.holder_of(found, [(5, 250, 250, found.st_ino)], {5}) == 5
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP, errno.EIO])
+def test_a_folder_that_we_may_not_enter_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "lstat", refuse)
+    assert runtime.look_at_lock("lock", tmp_path / "lock", []).holder == -1
+    assert knock("channel", tmp_path / "channel").state == "unknown"
+    assert folders.check_folder("f", folders.look(tmp_path, {})).severity == "error"
 
 
 # The broker.

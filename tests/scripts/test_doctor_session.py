@@ -61,6 +61,7 @@ def test_what_a_cgroup_depends_on_is_read_from_its_path(cgroup: str, place: str)
         (replace(AT_HOME, cgroup="/system.slice/cron.service"), "warning"),
         (replace(AT_HOME, cgroup="/system.slice/outlive@me.service"), "ok"),
         (replace(AT_HOME, cgroup="/docker/0123"), "note"),
+        (replace(AT_HOME, cgroup=""), "note"),
         (replace(AT_HOME, cgroup="/", contained=True), "note"),
         (replace(AT_HOME, contained=True, logind=Logind(kill=True)), "warning"),
         (replace(AT_HOME, cgroup="/", booted=False), "ok"),
