@@ -18,7 +18,9 @@ def examine(paths: Paths) -> Iterator[Finding]:
     """Do all checks."""
     there = processes.seen()
     doors = [runtime.knock(name, paths.run / name) for name in ("channel", "control", "events", "keeper")]
-    locks = [runtime.look_at_lock(name, paths.run / name, there) for name in ("lock", "keeper.lock")]
+    lockable = [paths.run / "lock", paths.run / "keeper.lock"]
+    held_locks = runtime.lockers(there, [*lockable, *runtime.note_files(paths.workers)])
+    locks = [runtime.look_at_lock(path.name, path, there, held_locks) for path in lockable]
     holders = {
         "broker": locks[0].holder if locks[0].role.startswith("broker") else 0,
         "keeper": locks[1].holder if locks[1].role.startswith("broker") else 0,
@@ -41,9 +43,9 @@ def examine(paths: Paths) -> Iterator[Finding]:
         yield runtime.check_lock(lock)
     for door in doors:
         yield runtime.check_door(door, os.getuid(), holders["keeper" if door.name == "keeper" else "broker"])
-    lost = runtime.with_deleted_locks(there, paths.lock)
-    yield from runtime.check_brokers(there, paths.run, {broker, listens}, lost)
-    notes = runtime.read_notes(paths.workers)
+    yield from runtime.check_brokers(there, paths.run, {broker, listens}, runtime.removed(held_locks, paths.lock))
+    yield from runtime.check_keepers(there, paths.run, holders["keeper"])
+    notes = runtime.read_notes(paths.workers, held_locks)
     yield from runtime.check_workers(notes, there, runtime.installed_at(), broker)
     yield from processes.check_orphans(marked, held, answer.ended, paths.run)
 

@@ -2,9 +2,12 @@
 
     lock, keeper.lock           locked by the broker, and by its keeper, as long as they live
     channel, control, events    the broker listens there; `keeper`: the keeper does
-    workers/THREAD              pid, start time and epoch of a thread's worker
+    workers/THREAD.EPOCH        pid and start time of a worker; locked by it and its spawners, as long as they live
 
 Files without anybody behind them are left over from a death: the next broker replaces them.
+
+Who has a lock is whoever has the locked *open file*: a broker that took over got it from the one before, and
+/proc/locks still names that one, which is dead.
 """
 
 from __future__ import annotations
@@ -27,13 +30,15 @@ from .finding import Finding, some
 from .processes import Seen
 
 # Seconds that a broker that runs has for its answer; it takes milliseconds, and more under a flood.
-PATIENCE = 0.6
+PATIENCE = 0.7
 _SOCKETS = {
     "channel": (socket.SOCK_SEQPACKET, "broker"),
     "control": (socket.SOCK_STREAM, "broker"),
     "events": (socket.SOCK_STREAM, "broker"),
     "keeper": (socket.SOCK_DGRAM, "keeper"),
 }
+# What the kernel puts after the name of a file that has been removed.
+_DELETED = " (deleted)"
 _LOCKS = {"lock": "broker", "keeper.lock": "broker.keeper"}
 
 
@@ -150,7 +155,7 @@ def check_lock(lock: Lock) -> Finding:
     if not lock.exists:
         return Finding(lock.name, "ok", f"no {lock.path}", f"no {word} has run here")
     if lock.holder == -1:
-        meaning = "it, or the kernel's list of locks, cannot be looked at: who has it is not known"
+        meaning = f"it cannot be looked at, or is held by somebody hidden: whether a {word} runs is not known"
         return Finding(lock.name, "note", str(lock.path), meaning)
     if lock.holder == 0:
         return Finding(lock.name, "ok", f"{lock.path} is free", f"no {word} runs here; a {word} may start")
@@ -164,58 +169,61 @@ def check_lock(lock: Lock) -> Finding:
     return Finding(lock.name, "ok", found, f"that is the {word}", "", (lock.holder,))
 
 
-def parse_locks(text: str) -> list[tuple[int, int, int, int]]:
-    """Return (pid, major, minor, inode) of every `flock` that is held, from /proc/locks."""
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        # 12: FLOCK  ADVISORY  WRITE 4711 00:1a:123456 0 EOF; those that wait for it start with `12: ->`.
-        if len(words) >= 6 and words[1] == "FLOCK":
-            with suppress(ValueError):
-                major, minor, inode = words[5].split(":")
-                found.append((int(words[4]), int(major, 16), int(minor, 16), int(inode)))
+Lockers = Mapping[str, Sequence[int]]
+
+
+def lockers(processes: Sequence[Seen], paths: Collection[Path]) -> Lockers:
+    """Return who has which of these files open and locked, by the file's real name, ` (deleted)` if it is.
+
+    None is locked for that: whoever tries in the meantime, such as a broker that starts, must find it free.
+    """
+    found: dict[str, list[int]] = {}
+    wanted = {f"{os.path.realpath(path)}{end}" for path in paths for end in ("", _DELETED)}
+    for process in processes:
+        folder = f"/proc/{process.pid}"
+        with suppress(OSError):
+            for number in os.listdir(f"{folder}/fd"):
+                with suppress(OSError, ValueError):
+                    name = os.readlink(f"{folder}/fd/{number}")
+                    if name in wanted and is_locked(Path(f"{folder}/fdinfo/{number}").read_text(encoding="ascii")):
+                        found.setdefault(name, []).append(process.pid)
     return found
 
 
-def holder_of(found: os.stat_result, locks: Sequence[tuple[int, int, int, int]], has_open: Collection[int]) -> int:
-    """Return who holds the lock of a file, 0 if nobody.
-
-    `has_open`: who has the file open.  Some file systems show another device in /proc/locks than in `stat`; there
-    the inode's number counts if the process has the very file open.
-    """
-    for pid, major, minor, inode in locks:
-        if inode == found.st_ino:
-            if (major, minor) == (os.major(found.st_dev), os.minor(found.st_dev)) or pid in has_open:
-                return pid
-    return 0
+def removed(held: Lockers, path: Path) -> Sequence[int]:
+    """Return who has locked a file that has been removed since."""
+    return held.get(f"{os.path.realpath(path)}{_DELETED}", ())
 
 
-def look_at_lock(name: str, path: Path, processes: Sequence[Seen]) -> Lock:
-    """Look up who holds a lock; takes none."""
+def is_locked(text: str) -> bool:
+    """Tell from /proc/PID/fdinfo/FD whether this open file has a lock of `flock`."""
+    return any(line.split()[:1] == ["lock:"] and "FLOCK" in line.split() for line in text.splitlines())
+
+
+def lists_lock(text: str, device: int, inode: int) -> bool:
+    """Tell from /proc/locks whether anybody has locked this file."""
+    wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
+    return any("FLOCK" in words and wanted in words for words in map(str.split, text.splitlines()))
+
+
+def look_at_lock(name: str, path: Path, processes: Sequence[Seen], held: Lockers) -> Lock:
+    """Look up who has a lock; `held`: from `lockers`."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return Lock(name, path, False, 0)
     except OSError:
         return Lock(name, path, True, -1)
-    try:
-        locks = parse_locks(Path("/proc/locks").read_text(encoding="ascii"))
-    except (OSError, UnicodeDecodeError):
-        return Lock(name, path, True, -1)
-    has_open = {pid for pid, _, _, inode in locks if inode == found.st_ino and _has_open(pid, path)}
-    pid = holder_of(found, locks, has_open)
-    seen = next((one for one in processes if one.pid == pid), None)
-    return Lock(name, path, True, pid, seen.role if seen else "", seen.command if seen else "")
-
-
-def _has_open(pid: int, path: Path) -> bool:
-    real = os.path.realpath(path)
-    with suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}") == real:
-                    return True
-    return False
+    holders = held.get(os.path.realpath(path), ())
+    there = [process for process in processes if process.pid in holders]
+    # Several may have the same open file: who passed it on, and who got it.
+    there.sort(key=lambda process: (process.role != _LOCKS[name], not process.role))
+    if there:
+        return Lock(name, path, True, there[0].pid, there[0].role, there[0].command)
+    with suppress(OSError, UnicodeDecodeError):
+        if lists_lock(Path("/proc/locks").read_text(encoding="ascii"), found.st_dev, found.st_ino):
+            return Lock(name, path, True, -1)
+    return Lock(name, path, True, 0)
 
 
 # The broker.
@@ -261,6 +269,7 @@ def check_broker(answer: Answer, version: str, protocol: int, log: Path) -> Iter
         yield check_mode(answer.status)
         yield from check_keeper(answer.status, version)
         yield check_room(answer.status)
+        yield from check_upgrade(answer.status)
 
 
 def check_version(status: Mapping[str, Any], version: str, protocol: int) -> Finding:
@@ -299,6 +308,15 @@ def check_keeper(status: Mapping[str, Any], version: str) -> Iterator[Finding]:
         yield Finding("keeper", "warning", f"pid {pid}", meaning, "outlive broker upgrade", (pid,))
     else:
         yield Finding("keeper", "ok", f"pid {pid}", "the broker's death loses nothing", "", (pid,))
+
+
+def check_upgrade(status: Mapping[str, Any]) -> Iterator[Finding]:
+    """Say why the last upgrade did not come up, if one did not."""
+    if why := status.get("upgrade_failed"):
+        meaning = "the last upgrade did not come up, and the broker of before goes on with all it holds"
+        yield Finding(
+            "upgrade", "warning", str(why), meaning, "repair the installation; then outlive broker upgrade"
+        )
 
 
 def check_room(status: Mapping[str, Any]) -> Finding:
@@ -367,27 +385,28 @@ def check_brokers(
             yield Finding("other broker", "note", f"pid {found.pid}", meaning, "look again", (found.pid,))
 
 
-def with_deleted_locks(processes: Sequence[Seen], lock: Path) -> frozenset[int]:
-    """Return the brokers that have the lock open after it was deleted."""
-    gone = f"{os.path.realpath(lock)} (deleted)"
-    found = set()
-    for seen in processes:
-        if seen.role == "broker":
-            with suppress(OSError):
-                for name in os.listdir(f"/proc/{seen.pid}/fd"):
-                    with suppress(OSError):
-                        if os.readlink(f"/proc/{seen.pid}/fd/{name}") == gone:
-                            found.add(seen.pid)
-    return frozenset(found)
+def check_keepers(processes: Sequence[Seen], run: Path, known: int) -> Iterator[Finding]:
+    """Say which keepers of our runtime folder are stopped, or beside the one that has the lock."""
+    for found in processes:
+        if found.role != "broker.keeper" or found.run != run:
+            continue
+        if found.stopped:
+            meaning = "it is stopped: it takes in nothing more, and starts no broker in place of one that dies"
+            advice = f"kill -CONT {found.pid}"
+            yield Finding("stopped keeper", "warning", f"pid {found.pid}", meaning, advice, (found.pid,))
+        elif found.pid != known:
+            meaning = "a second keeper for this runtime folder: one that is starting, or that is about to end"
+            yield Finding("other keeper", "note", f"pid {found.pid}", meaning, "look again", (found.pid,))
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One file of run/workers; `pid` 0: it cannot be understood; `alive`: the very process it names."""
+    """One file of run/workers; `pid` 0: none is named; `alive`: the very process it names; `locked`: by anybody."""
 
-    thread: str
+    name: str
     pid: int
     alive: bool
+    locked: bool = False
 
 
 def check_workers(
@@ -395,8 +414,8 @@ def check_workers(
 ) -> Iterator[Finding]:
     """Say which workers are there; `installed`: clock ticks since boot when the installed code came."""
     check = "workers"
-    stale = [note.thread for note in notes if not note.alive]
-    alive = {note.pid: note.thread for note in notes if note.alive}
+    stale = [note.name for note in notes if not note.alive and not note.locked]
+    alive = {note.pid: note.name for note in notes if note.alive}
     if stale:
         meaning = "notes about workers that are dead; the next broker removes them"
         yield Finding(check, "note", f"stale: {some(sorted(stale))}", meaning)
@@ -429,23 +448,28 @@ def check_workers(
         yield Finding(check, "ok", f"{len(alive)} live", "no note is stale", "", tuple(alive))
 
 
-def read_notes(folder: Path) -> list[Note]:
-    """Read run/workers; a file that vanishes meanwhile is none."""
+def read_notes(folder: Path, held: Lockers) -> list[Note]:
+    """Read run/workers; a file that vanishes meanwhile is none; `held`: from `lockers`."""
     found = []
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
-    for name in names:
+    for path in note_files(folder):
+        locked = os.path.realpath(path) in held
         try:
-            facts = json.loads((folder / name).read_text(encoding="ascii"))
+            facts = json.loads(path.read_text(encoding="ascii"))
             pid, start = int(facts["pid"]), facts["start"]
-            found.append(Note(name, pid, pid > 0 and not kernel.is_dead(pid, start)))
+            found.append(Note(path.name, pid, pid > 0 and not kernel.is_dead(pid, start), locked))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError):
-            found.append(Note(name, 0, False))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found.append(Note(path.name, 0, False, locked))  # of a worker that is just being started, if locked
     return found
+
+
+def note_files(folder: Path) -> list[Path]:
+    """Return the files of run/workers."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except OSError:
+        return []
 
 
 def installed_at() -> float | None:

@@ -65,6 +65,13 @@ async def doctor(**environment: str) -> Diagnosis:
     return Diagnosis(done.returncode, findings)
 
 
+async def healthy(check: str) -> Diagnosis:
+    """Return the first run that finds nothing wrong there: a busy machine may keep a broker from answering."""
+    while (diagnosis := await doctor()).severity(check) != "ok":
+        await asyncio.sleep(0.05)
+    return diagnosis
+
+
 async def a_child(host: outlive.Host, *, tty: bool = False) -> int:
     """Start a process that stays, and return its pid."""
     thread = await host.thread("t")
@@ -108,7 +115,7 @@ async def test_what_nobody_holds_is_an_orphan_and_what_anybody_holds_is_none(hom
     assert ended_within(pid, 30)
     assert (await doctor()).about("orphans", pid) is None
     async with outlive.connect():  # the next broker clears away what this one left
-        assert (await doctor()).severity("socket channel") == "ok"
+        await healthy("socket channel")
 
 
 async def test_what_a_broker_of_another_home_holds_is_no_orphan_here_and_what_it_lost_is_a_note(
@@ -190,7 +197,7 @@ async def test_a_stopped_broker_is_told_at_once_and_a_stopped_worker_too(home: H
     await host.thread("t")
     worker = await home.worker(host, "t")
     (broker,) = home.pids("broker")
-    assert (await doctor()).severity("broker") == "ok"
+    await healthy("broker")
     for pid in (broker, worker):
         os.kill(pid, signal.SIGSTOP)
         await eventually(lambda pid=pid: state_of(pid) == "T")  # type: ignore[misc]
@@ -233,6 +240,6 @@ async def test_it_starts_nothing_and_writes_nothing_with_or_without_a_broker(hom
     async with outlive.connect() as host:
         await a_child(host, tty=True)
         before = snapshot(home.paths.run)
-        assert (await doctor()).severity("version") == "ok"
+        assert (await healthy("broker")).severity("version") == "ok"
         assert snapshot(home.paths.run) == before
         assert len(await host.processes()) == 1

@@ -58,7 +58,8 @@ def test_numbers_that_belong_to_others_are_theirs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hard", "count"), [(64, 0), (70, 0), (71, 1), (1024, 137), (20_000, 1428), (FREE, 1428), (0, 0)]
+    ("hard", "count"),
+    [(0, 0), (192, 0), (212, 0), (213, 1), (1024, 39), (20_000, 943), (524_288, 1428), (FREE, 1428)],
 )
 def test_a_process_takes_seven_descriptors_of_what_reserve_and_store_leave(hard: int, count: int) -> None:
     assert fitting(hard) == count
@@ -74,9 +75,9 @@ def test_more_descriptors_never_make_it_worse(hard: int, more: int) -> None:
 
 
 def test_few_descriptors_are_a_warning_and_none_an_error() -> None:
-    assert limits.check_files(replace(ROOMY, files=(256, 512))).severity == "warning"
+    assert limits.check_files(replace(ROOMY, files=(256, 1024))).severity == "warning"
     assert limits.check_files(replace(ROOMY, files=(64, 64))).severity == "error"
-    assert "the broker (pid 1)" in limits.check_files(replace(ROOMY, files=(256, 512))).found
+    assert "the broker (pid 1)" in limits.check_files(replace(ROOMY, files=(256, 1024))).found
 
 
 def test_a_machine_without_files_left_is_a_warning() -> None:

@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,38 +122,72 @@ def test_a_lock_in_the_wrong_hands_is_an_error(lock: Lock, severity: str) -> Non
     assert bool(found.advice) == (severity == "error")
 
 
+def look(path: Path, role: str = "") -> Lock:
+    """Look at a lock, taking us for a process with this role."""
+    us = [process(os.getpid(), role)]
+    return runtime.look_at_lock(path.name, path, us, runtime.lockers(us, [path]))
+
+
 def test_a_lock_is_looked_up_and_not_taken(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    assert not runtime.look_at_lock("lock", path, []).exists
+    path, us = tmp_path / "lock", [process(os.getpid())]
+    assert not look(path).exists
     with path.open("w") as file:
-        assert runtime.look_at_lock("lock", path, []).holder == 0
+        assert look(path).holder == 0  # open, not locked
         fcntl.flock(file, fcntl.LOCK_EX)
-        lock = runtime.look_at_lock("lock", path, [process(os.getpid(), "broker")])
-        assert (lock.holder, lock.role) == (os.getpid(), "broker")
-    assert runtime.look_at_lock("lock", path, []).holder == 0
+        assert (look(path, "broker").holder, look(path, "broker").role) == (os.getpid(), "broker")
+        path.unlink()
+        path.write_text("")
+        assert look(path).holder == 0
+        assert list(runtime.removed(runtime.lockers(us, [path]), path)) == [os.getpid()]
+    assert runtime.lockers(us, [path]) == {}
 
 
-def test_locks_are_read_from_the_kernels_list() -> None:
+def test_a_lock_that_was_passed_on_belongs_to_whoever_has_it_now(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    # A child takes the lock on our open file and dies, as a broker does that handed its lock over.
+    script = "import fcntl, sys; fcntl.flock(int(sys.argv[1]), fcntl.LOCK_EX)"
+    subprocess.run([sys.executable, "-I", "-S", "-c", script, str(fd)], pass_fds=[fd], check=True)
+    assert (look(path, "broker").holder, look(path, "broker").role) == (os.getpid(), "broker")
+    os.close(fd)
+    assert look(path).holder == 0
+
+
+def test_a_lock_of_somebody_hidden_is_not_called_free(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = path.stat()
+        listed = runtime.lists_lock(Path("/proc/locks").read_text(), found.st_dev, found.st_ino)
+        # Some file systems show another device in /proc/locks than in `stat`: there nobody can tell.
+        assert runtime.look_at_lock("lock", path, [], {}).holder == (-1 if listed else 0)
+
+
+def test_of_several_who_have_a_lock_the_one_whose_it_is_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("")
+    there = [process(5, ""), process(6, "broker.keeper"), process(7, "broker")]
+    lock = runtime.look_at_lock("lock", path, there, {str(path.resolve()): [5, 6, 7]})
+    assert (lock.holder, lock.role) == (7, "broker")
+
+
+def test_locks_are_read_from_the_kernels_lists() -> None:
     text = (
         "1: FLOCK  ADVISORY  WRITE 4711 00:1a:123456 0 EOF\n"
-        "1: -> FLOCK  ADVISORY  WRITE 4712 00:1a:123456 0 EOF\n"
         "2: POSIX  ADVISORY  READ 4713 08:01:99 0 EOF\n"
-        "3: FLOCK  ADVISORY  WRITE x y z w\n\n"
+        "3: FLOCK  nonsense\n\n"
     )
-    assert runtime.parse_locks(text) == [(4711, 0, 0x1A, 123456)]
+    assert runtime.lists_lock(text, os.makedev(0, 0x1A), 123456)
+    assert not runtime.lists_lock(text, os.makedev(8, 1), 99)
+    assert not runtime.lists_lock(text, os.makedev(0, 0x1A), 12345)
+    assert runtime.is_locked("pos:\t0\nflags:\t02\nlock:\t1: FLOCK  ADVISORY  WRITE 7 00:1a:1 0 EOF\n")
+    assert not runtime.is_locked("pos:\t0\nflags:\t02\nlock:\t1: POSIX  ADVISORY  WRITE 7 00:1a:1 0 EOF\n")
 
 
 @given(st.text())
 def test_any_list_of_locks_is_survived(text: str) -> None:
-    runtime.parse_locks(text)
-
-
-def test_another_device_of_the_same_number_counts_only_for_who_has_the_file_open(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    path.write_text("")
-    found = path.stat()
-    assert runtime.holder_of(found, [(5, 250, 250, found.st_ino)], set()) == 0
-    assert runtime.holder_of(found, [(5, 250, 250, found.st_ino)], {5}) == 5
+    runtime.is_locked(text)
+    runtime.lists_lock(text, 1, 1)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ELOOP, errno.EIO])
@@ -163,7 +199,7 @@ def test_a_folder_that_we_may_not_enter_is_no_failure(
 
     monkeypatch.setattr(os, "stat", refuse)
     monkeypatch.setattr(os, "lstat", refuse)
-    assert runtime.look_at_lock("lock", tmp_path / "lock", []).holder == -1
+    assert runtime.look_at_lock("lock", tmp_path / "lock", [], {}).holder == -1
     assert knock("channel", tmp_path / "channel").state == "unknown"
     assert folders.check_folder("f", folders.look(tmp_path, {})).severity == "error"
 
@@ -195,6 +231,7 @@ def test_a_broker_that_does_not_answer_is_an_error(wrong: dict[str, Any]) -> Non
         ({"transcript_mode": "copied"}, "transcript mode", "warning"),
         ({"keeper_pid": None}, "keeper", "warning"),
         ({"keeper_version": "0.9"}, "keeper", "warning"),
+        ({"upgrade_failed": "it died"}, "upgrade", "warning"),
         ({"descriptors_left": 50}, "descriptors of the broker", "warning"),
         ({"descriptors_left": -1}, "descriptors of the broker", "error"),
     ],
@@ -228,6 +265,13 @@ def test_a_broker_whose_folder_was_removed_is_an_error_and_one_that_starts_a_not
     assert list(runtime.check_brokers(there[:1], RUN, {7}, ())) == []
 
 
+def test_a_keeper_that_is_stopped_or_has_no_lock_is_told() -> None:
+    there = [process(5, "broker.keeper"), process(6, "broker.keeper"), process(7, "broker.keeper", "T"), process(8)]
+    other, stopped = runtime.check_keepers(there, RUN, 5)
+    assert (other.severity, other.pids) == ("note", (6,))
+    assert (stopped.severity, stopped.pids) == ("warning", (7,))
+
+
 # Workers.
 
 
@@ -246,19 +290,21 @@ def test_workers_that_are_dead_stopped_old_or_alone_are_told() -> None:
 
 
 def test_notes_are_read_as_they_are(tmp_path: Path) -> None:
-    assert runtime.read_notes(tmp_path / "missing") == []
-    us = {"pid": os.getpid(), "start": kernel.start_time(os.getpid()), "epoch": 1}
-    (tmp_path / "a").write_text(json.dumps(us))
-    (tmp_path / "b").write_text(json.dumps({**us, "start": 1}))
-    for name, text in (("c", "nonsense"), ("d", "[1]"), ("e", '{"pid": null, "start": 1}')):
+    assert runtime.read_notes(tmp_path / "missing", {}) == []
+    us = {"pid": os.getpid(), "start": kernel.start_time(os.getpid())}
+    (tmp_path / "a.1").write_text(json.dumps(us))
+    (tmp_path / "b.1").write_text(json.dumps({**us, "start": 1}))
+    for name, text in (("c", "nonsense"), ("d", "[1]"), ("e", '{"pid": null, "start": 1}'), ("f", "[" * 9999)):
         (tmp_path / name).write_text(text)
-    assert [(note.thread, note.alive) for note in runtime.read_notes(tmp_path)] == [
-        ("a", True),
-        ("b", False),
-        ("c", False),
-        ("d", False),
-        ("e", False),
-    ]
+    notes = runtime.read_notes(tmp_path, {str(tmp_path.resolve() / "c"): [1]})
+    assert [note.name for note in notes if note.alive] == ["a.1"]
+    assert [note.name for note in notes if note.locked] == ["c"]
+    assert len(notes) == 6
+
+
+def test_a_note_that_somebody_has_locked_is_not_stale() -> None:
+    (found,) = runtime.check_workers([Note("a.1", 0, False, locked=True)], [], None, 7)
+    assert found.severity == "ok"
 
 
 def test_the_installation_is_older_than_this_test() -> None:
