@@ -24,6 +24,7 @@ _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 _MFD_NOEXEC_SEAL = 0x08
 # What MFD_NOEXEC_SEAL sets.
 _F_SEAL_EXEC = 0x20
@@ -34,6 +35,9 @@ _TIOCGPTN = 0x80045430
 _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}.get(os.uname().machine, -1)
 # _IOWR(0xFF, 11, struct pidfd_info), for the struct's first published size of 64 bytes.
 _PIDFD_GET_INFO = 0xC040FF0B
+_KCMP_FILE = 0
+# Of the machines we have met; elsewhere the call counts as missing.
+_SYS_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "loongarch64": 272, "ppc64le": 354, "s390x": 343}
 _PIDFD_INFO_PID = 1 << 0
 _PIDFD_INFO_EXIT = 1 << 3
 
@@ -298,3 +302,52 @@ def can_splice_terminals() -> bool:
     finally:
         for fd in (master, slave, read_end, write_end):
             os.close(fd)
+
+
+# Whether this kernel has what we use; each tries it on something of our own.
+
+
+def has_subreapers() -> bool:
+    """Tell whether orphans can be adopted, without becoming one who does."""
+    was = ctypes.c_int()
+    return int(_prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(was), 0, 0, 0)) == 0
+
+
+def has_noexec_seal() -> bool:
+    """Tell whether a memfd can be made that nobody can ever execute (Linux 6.3 and newer)."""
+    try:
+        os.close(os.memfd_create("outlive", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _MFD_NOEXEC_SEAL))
+    except OSError:
+        return False
+    return True
+
+
+def has_peer_pidfd() -> bool:
+    """Tell whether the kernel names a peer by pidfd (Linux 6.5 and newer)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        try:
+            raw = ours.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+        except OSError:
+            return False
+        os.close(struct.unpack("i", raw)[0])
+        return True
+
+
+def has_kcmp() -> bool:
+    """Tell whether the kernel says if two descriptors are the same open file (`kcmp`)."""
+    call = _SYS_KCMP.get(os.uname().machine)
+    if call is None:
+        return False
+    first, second = os.pipe()
+    copy = os.dup(first)
+    try:
+        pid = os.getpid()
+        same, other = (
+            _libc.syscall(ctypes.c_long(call), pid, pid, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(fd))
+            for fd in (copy, second)
+        )
+    finally:
+        for fd in (first, second, copy):
+            os.close(fd)
+    return bool(same == 0 and other > 0)

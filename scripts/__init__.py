@@ -5,7 +5,7 @@ Read in this order; each program stands after what it is made of.
     rendering    how results leave the command line.
     frame        what all commands share.
     tools        the commands exec and write.
-    doctor       the checks of `outlive doctor`.
+    doctor/      the checks of `outlive doctor`.
     units        the text of a systemd unit, and why each setting is there.
     installation installing the broker as a systemd unit, and taking it out again.
     views        the commands that look, and change nothing.

@@ -12,7 +12,7 @@ Always true
     tools       exec, write.
     views       what only looks: status, doctor, ps, threads, logs, wait, events.
     orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
-    doctor      the checks of `outlive doctor`.
+    doctor/     the checks of `outlive doctor`.
 """
 
 from __future__ import annotations

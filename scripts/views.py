@@ -51,27 +51,28 @@ def status(as_json: bool) -> None:
 def doctor(as_json: bool) -> int:
     """Check that this machine is fit for outlive.
 
-    Says what to do where it is not. Changes nothing and starts no broker. Exit status 1 when something is broken.
+    Says of each thing what was found, what it means, and what to do. Changes nothing and starts no broker. Exit
+    status 1 when something is an error; notes and warnings are none.
 
     \b
-    Example: outlive doctor
+    Examples: outlive doctor
+              outlive doctor --json | jq '.[] | select(.severity != "ok")'
     """
     from ..common.paths import Paths
-    from .doctor import findings
+    from .doctor.examination import examine
 
     found = []
-    for finding in findings(Paths.from_environment()):
+    for finding in examine(Paths.from_environment()):
         found.append(finding)
         if not as_json:
             write_line(
-                f"{finding.state:<8} {finding.check}: {printable(finding.found)}; {printable(finding.meaning)}"
+                f"{finding.severity:<8} {finding.check}: {printable(finding.found)}; {printable(finding.meaning)}"
             )
             if finding.advice:
                 write_line(f"         → {printable(finding.advice)}")
-    healthy = all(finding.state != "broken" for finding in found)
     if as_json:
-        write_json({"healthy": healthy, "checks": [finding.to_builtins() for finding in found]})
-    return 0 if healthy else FAILED
+        write_json([finding.to_builtins() for finding in found])
+    return FAILED if any(finding.severity == "error" for finding in found) else 0
 
 
 @command()

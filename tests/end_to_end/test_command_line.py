@@ -534,13 +534,12 @@ def test_status_and_up_tell_about_the_one_broker(cli_home: Home) -> None:
 
 def test_doctor_starts_no_broker_and_names_what_is_broken(cli_home: Home) -> None:
     found = cli_home.json("doctor")
-    assert found["healthy"] is True
-    assert {check["check"] for check in found["checks"]} >= {"kernel", "pidfd", "memfd", "open files", "broker"}
+    assert {check["check"] for check in found} >= {"kernel", "pidfd", "memfd", "open files", "broker"}
     assert not (cli_home.path / "run").exists()
     (cli_home.path / "config.toml").write_text("max_processes = 'many'\n")
     done = cli_home.run("doctor")
     assert done.returncode == 1
-    assert re.search("broken +configuration: .*max_processes", done.stdout.decode())
+    assert re.search("error +configuration: .*max_processes", done.stdout.decode())
     (cli_home.path / "config.toml").unlink()
     pid = cli_home.json("up")["broker_pid"]
     assert f"pid {pid}" in cli_home.run("doctor").stdout.decode()
