@@ -12,10 +12,12 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import outlive
+from outlive.common.errors import PeerError
+from outlive.common.transcript import Transcript
 
 from .scene import Scene
 from .victims import Victims
@@ -50,6 +52,8 @@ class Accounts:
         for role, more in self._surplus(after).items():
             before = dict(self._before.get(role, {}))
             tally.count("descriptors_leaked", more.total(), f"{role}: {dict(more)} more than {before}")
+        for whose in sorted({text for one in self.victims.brokers() for text in _transcripts(one.pid)}):
+            tally.evidence.append(f"still held: {whose}")
         log = self.scene.host.paths.log.read_text(errors="replace")
         for found in re.finditer(r"Traceback.*?\n(?=\S)[^\n]*", log, re.S):
             tally.count("calls_failed", 1, found.group()[-600:])
@@ -90,3 +94,21 @@ def _open_in(pid: int) -> Counter[str]:
             with suppress(OSError):
                 kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}"))] += 1
     return kinds
+
+
+def _transcripts(pid: int) -> Iterator[str]:
+    """Yield what a process holds of ours: whose it is, and how far it got."""
+    with suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError, PeerError):
+                path = f"/proc/{pid}/fd/{name}"
+                if "/memfd:outlive" not in os.readlink(path):
+                    continue
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    found = Transcript(fd)
+                    facts, live = found.facts, found.live()
+                    who = f"{facts.thread_id}/{facts.process_id} of call {facts.call_id}"
+                    yield f"{who}, {live.outcome}, {live.delivered} of {found.written} bytes delivered"
+                finally:
+                    os.close(fd)

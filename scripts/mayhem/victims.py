@@ -1,7 +1,7 @@
 """Our own processes, found and killed: brokers, keepers, and the worker of a thread.
 
 Brokers and keepers are found by their environment, since two brokers may be alive (one takes over from the other)
-and neither need answer; a worker by the note that the broker keeps of it, which is cheaper than asking.
+and neither need answer; a worker by the file of its epoch (`broker.epochs`), which is cheaper than asking.
 
 Always true
     Only who is proved to be the one we meant is killed, never a stranger with its number.
@@ -72,12 +72,14 @@ class Victims:
         return [one for one in self._of_role(b"worker.spawner") if parent_of(one.pid) == worker]
 
     def worker(self, thread_id: str) -> Victim | None:
-        """Return a thread's worker, as the broker has noted it down."""
-        try:
-            facts = json.loads((self._workers / thread_id).read_text())
-            return Victim(int(facts["pid"]), int(facts["start"]), int(facts["epoch"]))
-        except (OSError, ValueError, KeyError, TypeError):  # none, or half written
-            return None
+        """Return a thread's latest worker, by the file of its epoch."""
+        found: Victim | None = None
+        for path in self._workers.glob(f"{thread_id}.*"):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or half written
+                epoch, facts = int(path.suffix[1:]), json.loads(path.read_text())
+                if found is None or epoch > found.epoch:
+                    found = Victim(int(facts["pid"]), int(facts["start"]), epoch)
+        return found
 
     def _of_role(self, role: bytes) -> list[Victim]:
         found = []
