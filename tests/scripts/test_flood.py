@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outlive.scripts import flood
-from outlive.scripts.chaos import Toll
+from outlive.scripts.mayhem.tally import Tally
 
 
 def test_any_piece_is_known_by_its_offset() -> None:
@@ -26,13 +26,13 @@ def test_what_is_missing_is_told_by_its_numbers() -> None:
     assert flood.lost_until(7, 160, whole[160:800] + whole[805:]) == 5
 
 
-def test_the_toll_counts_what_must_be_zero() -> None:
-    toll = Toll()
-    toll.check_output("a child", 1600, 1600)
-    toll.check_piece("a child", 7, 16, flood.lines(7, 1, 9))
-    assert toll.clean
-    toll.check_output("a child", 1600, 1597)
-    toll.check_output("a child", 1600, 1616)
-    toll.check_piece("a child", 7, 16, flood.lines(7, 2, 9) + flood.lines(7, 1, 2))
-    assert (toll.lost, toll.repeated, toll.out_of_order) == (3, 16, 16)
-    assert not toll.clean
+def test_the_tally_counts_what_must_be_zero() -> None:
+    tally = Tally()
+    tally.check_output("a child", 1600, 1600)
+    tally.check_piece("a child", 7, 16, flood.lines(7, 1, 9))
+    assert tally.clean
+    tally.check_output("a child", 1600, 1597)
+    tally.check_output("a child", 1600, 1616)
+    tally.check_piece("a child", 7, 16, flood.lines(7, 2, 9) + flood.lines(7, 1, 2))
+    assert (tally.lost, tally.repeated, tally.out_of_order) == (3, 16, 16)
+    assert not tally.clean
