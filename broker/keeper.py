@@ -1,8 +1,8 @@
 """`python -m outlive.broker.keeper [READY]`: the parent of the broker; it keeps what must not die with the broker.
 
 It holds a second copy of every descriptor, adopts orphans and remembers how they ended, starts a broker that died
-again, and ends when its broker was told to.  It decides nothing else and understands nothing of what it holds, so
-that there is little in it that could go wrong.  What is said to it, and by it: `common.notify`.
+again, and ends when its broker was told to.  It understands nothing of what it holds, so that little in it can go
+wrong.  What is said to it, and by it: `common.notify`.
 
 READY is a descriptor for the first broker, which writes one line to it; `taken` when another keeper has the lock.
 Under systemd it is the unit's main process and passes everything up, so that its own death loses nothing either.
@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 
@@ -89,8 +90,8 @@ class Keeper:
         """Keep until the broker has ended because it was wanted to."""
         while True:
             poll = select.poll()
-            for readable in (self.woken, self.socket):
-                poll.register(readable, select.POLLIN)
+            poll.register(self.woken, select.POLLIN)
+            poll.register(self.socket, select.POLLIN)
             if self.backlog and self.line:
                 poll.register(self.line, select.POLLOUT)
             poll.poll(None if self.broker else max(0.0, self.start_at - time.monotonic()) * 1000)
@@ -142,7 +143,7 @@ class Keeper:
         if "FORWARD" in fields:
             self.backlog.append(fields)
         elif "FDSTOREREMOVE" in fields:
-            return fds + self.store.pop(name, [])
+            fds += self.store.pop(name, [])
         elif "FDSTORE" in fields and sum(map(len, self.store.values())) + len(fds) <= notify.STORE_MAX:
             self.store.setdefault(name, []).extend(fds)
             return []
@@ -211,21 +212,16 @@ class Keeper:
         table = [self.lock, self.socket.fileno(), line, self.store, self.broker, self.ready, self.failures]
         os.pwrite(state, json.dumps([*table, *self.records]).encode(), 0)
         os.environ[STATE] = str(state)
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self._bequeath(True, state)
         try:
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "outlive.broker.keeper"])
+            launch.become("outlive.broker.keeper", (state, *self._numbers()), SIGNALS)
         except OSError as error:
             print(f"keeper: not executed anew: {error}", file=sys.stderr, flush=True)
-        self._bequeath(False, state)
         del os.environ[STATE]
         os.close(state)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def _bequeath(self, inheritable: bool, *others: int) -> None:
+    def _numbers(self) -> Iterator[int]:
         line = [self.line.fileno()] if self.line else []
-        for fd in chain(others, (self.lock, self.socket.fileno()), line, *self.store.values()):
-            os.set_inheritable(fd, inheritable)
+        return chain((self.lock, self.socket.fileno()), line, *self.store.values())
 
     def resume(self, state: int) -> None:
         """Go on with what `_execute_anew` wrote down."""
@@ -234,7 +230,8 @@ class Keeper:
         self.records.extend(records)
         self.socket = socket.socket(fileno=listener)
         self.line = socket.socket(fileno=line) if line >= 0 else None
-        self._bequeath(False)
+        for fd in self._numbers():
+            os.set_inheritable(fd, False)
         del os.environ[STATE]
         os.close(state)
         os.kill(os.getpid(), signal.SIGCHLD)  # who ended meanwhile

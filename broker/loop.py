@@ -61,6 +61,8 @@ HANDSHAKE_DEADLINE = 10.0
 KEEPER_PAUSE = 5.0
 # Seconds that a candidate for an upgrade has until it asks to take over; it has to load the program.
 CANDIDATE_DEADLINE = 30.0
+# Seconds for what is on its way when we stop: messages, and callbacks of what was written.
+_LAST_WORDS = 0.05
 # Peers at once: each takes a descriptor or two.
 PEERS_MAX = 1000
 # Events kept for `outlive events`.
@@ -119,8 +121,8 @@ class Broker:
         if self._successor is None:
             self._keeping.stopping()
         self.publish("broker", "", what="replaced" if self._successor else "down", pid=os.getpid())
-        await asyncio.sleep(0.05)  # the last replies and events are on their way
-        return self._close()
+        await asyncio.sleep(_LAST_WORDS)  # the last replies and events are on their way
+        return await self._close()
 
     def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
         socket = wire.new_socket(self._context, kind)
@@ -143,11 +145,10 @@ class Broker:
         else:
             self._stopping.set()
 
-    def _close(self) -> Succession | None:
+    async def _close(self) -> Succession | None:
         self._loop.remove_signal_handler(signal.SIGCHLD)
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
-        handles = self.threads.relinquish()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         for peer in [*self._peers.values(), *self._unknown]:
@@ -160,7 +161,9 @@ class Broker:
             os.close(pidfd)
         self._control.close()
         self._events.close()
+        handles = self.threads.relinquish()
         self._pumps.close()
+        await asyncio.sleep(_LAST_WORDS)  # what is on the disk now, the keeper need not keep
         for path in (self._paths.channel, self._paths.control, self._paths.events):
             path.unlink(missing_ok=True)
         self._context.destroy(0)

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
 
@@ -79,6 +79,23 @@ def launch(
         setsigmask=(),
         setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM),
     )
+
+
+def become(module: str, fds: Iterable[int], signals: Iterable[signal.Signals]) -> None:
+    """Execute `python -m MODULE` in our place: same pid, same children, and these descriptors under their numbers.
+
+    `signals` are held back until it unblocks them.  Returns only with an `OSError`, and then nothing has changed.
+    """
+    numbers = list(fds)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        for fd in numbers:
+            os.set_inheritable(fd, True)
+        os.execv(sys.executable, [sys.executable, "-P", "-m", module])
+    finally:
+        for fd in numbers:
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _inheritable() -> Iterator[int]:

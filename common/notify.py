@@ -112,13 +112,15 @@ class Notifier:
     def __init__(self) -> None:
         path = os.environ.get(ADDRESS)
         self._path = SocketPath(Path(path)) if path else None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(SEND_DEADLINE)
+        self._socket: socket.socket | None = None
 
     def tell(self, fields: Fields, fds: Sequence[int] = ()) -> bool:
         """Send; `False` when there is no keeper, or it takes nothing within `SEND_DEADLINE`."""
         if self._path is None:
             return False
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.settimeout(SEND_DEADLINE)
         try:
             send(self._socket, fields, fds, self._path.text)
         except OSError:  # also TimeoutError
