@@ -233,7 +233,7 @@ def shutdown(thread: str | None, everything: bool, as_json: bool) -> None:
 
 @click.group(cls=Commands)
 def broker() -> None:
-    """Install the broker as a systemd unit, or take it out again.
+    """Upgrade the broker in place; install it as a systemd unit, or take it out again.
 
     Under systemd it starts with the machine, and even the death of the broker and of its keeper at once loses
     nothing: systemd holds copies of all descriptors.
@@ -288,5 +288,19 @@ def uninstall(force: bool, as_json: bool) -> None:
     show(done, as_json, text)
 
 
-for _command in (install, uninstall):
+@command()
+def upgrade(as_json: bool) -> None:
+    """Have the installed program take over from the running broker and its keeper.
+
+    Processes and workers run on; callers see at most a delay. When the new broker does not come up, the old one
+    serves on, and this says why.
+
+    \b
+    Example: outlive broker upgrade
+    """
+    status = with_host(lambda host: host.upgrade(), start=False)
+    show(status, as_json, f"the broker was replaced: pid {status['broker_pid']}, version {status['version']}")
+
+
+for _command in (install, uninstall, upgrade):
     broker.add_command(_command)
