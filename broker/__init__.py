@@ -1,20 +1,26 @@
 """The broker: it holds what must not die with a worker.
 
 Read in this order; a module imports only from those above it, and from `common`.
+    keeper       the parent of this process: it keeps what must not die with the broker.  Understands nothing.
     custody      who holds a process, and every move between holders.  Decides; does nothing.
     lifecycle    when a thread's worker is started, replaced, sent to bed, given up.  Decides; does nothing.
     records      what is kept of ended processes, and which of it has to go.  Decides; does nothing.
     database     the journal's file, whatever is wrong with it.
     journal      what must survive a reboot: threads, the ids they used, what became of them.
+    findings     what a broker that starts makes of what it finds.  Decides; only looks.
+    epochs       which workers and spawners live, also those of a former broker.
+    keeping      the keeper, as the broker sees it.
     detached     the `DetachedStore`: processes that the broker itself pumps.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
     processes    `Processes`: takes deposits and notices from workers, and does what custody decides.
     workers      `Workers`, on top of that: does what lifecycle decides; who waits for a worker waits here.
     threads      `ThreadManager`, on top of both: detach, reattach, clean, shut down.
+    succession   one broker takes over from another that lives.
     operations   what each client request does.
     loop         the sockets, the signals, the workers' pidfds; events as they go out.
-    __main__     limits, signals that are ignored, the lock that keeps a second broker out.
+    __main__     limits, signals that are ignored, the lock that keeps a second broker out; serving again when a
+                 successor does not come up.
 
 `Processes`, `Workers` and `ThreadManager` are one object in three layers: the loop and the operations have one
 `ThreadManager`, and what it needs of the loop is the protocol `processes.World`.
@@ -28,6 +34,9 @@ its processes to the broker by way of `custody` (`processes` starts pumps in `de
 by way of `lifecycle`; when that has registered, `threads` sends everything to it.  Calls that were under way fail
 with `WorkerGone` in `operations`, which asks the next worker.
 
-Places kept for what is to come: `wakes` (which endings wake which thread) beside custody; `keeper`, the small
-parent of this process, beside `__main__`.
+One death of the broker: `keeper` starts the next with all it holds; `__main__` takes the lock; `loop` asks `epochs`
+who survived, has `findings` tell what each descriptor is, and `processes` judges each process by its table; workers
+come back, register and say what they hold and what they are starting (`workers`).
+
+A place kept for what is to come: `wakes` (which endings wake which thread) beside custody.
 """

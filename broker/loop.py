@@ -63,6 +63,8 @@ KEEPER_PAUSE = 5.0
 CANDIDATE_DEADLINE = 30.0
 # Seconds for what is on its way when we stop: messages, and callbacks of what was written.
 _LAST_WORDS = 0.05
+# Descriptors that the keeper needs beside what it keeps.
+KEEPERS_OWN = 24
 # Peers at once: each takes a descriptor or two.
 PEERS_MAX = 1000
 # Events kept for `outlive events`.
@@ -275,8 +277,8 @@ class Broker:
         peers = len(self._peers) + len(self._unknown)
         limit = launch.descriptor_limit()
         ours = limit - RESERVE - self.threads.descriptors - 2 * peers - len(self._workers)
-        # To start a broker with all of them, the keeper needs three numbers each.
-        return min(ours, min(notify.STORE_MAX, limit // 3 - RESERVE) - self.threads.descriptors)
+        # To start a broker with all of them, the keeper needs two numbers each, and some of its own.
+        return min(ours, min(notify.STORE_MAX, limit // 2 - KEEPERS_OWN) - self.threads.descriptors)
 
     def keep(self, mark: str, fds: Sequence[int]) -> None:
         """Have the keeper keep descriptors of a process."""

@@ -10,6 +10,7 @@ Read in this order; a module imports only from those above it.
     pump         terminal → transcript and input → terminal, without holding a byte.
     ending       who can know how a process ended, asked in order.
     channel      descriptors between processes: SOCK_SEQPACKET, with peers checked by the kernel.
+    notify       what keeper, broker and spawner tell each other.
     launch       starting a process of our own; the names that children carry.
     config       the configuration file.
     messages     every request, notice and reply, as frozen types.

@@ -51,20 +51,22 @@ def launch(
     environment = {name: value for name, value in os.environb.items() if name not in foreign}
     environment[ROLE] = module.rpartition("outlive.")[2].encode()
     environment |= {name.encode(): value.encode() for name, value in extra.items()}
-    # Two steps, since a number we want to fill may be one that we still have to copy from; by way of numbers
-    # that are neither.
+    # Two steps, since a number we want to fill may be one that we still have to copy from; for those by way of
+    # numbers that are neither.
     taken = {*fds, log}
-    numbers = (at for at in count(FIRST_FD + len(fds)) if at not in taken)
-    steps = list(zip(fds, range(FIRST_FD, FIRST_FD + len(fds)), numbers, strict=False))
+    end = FIRST_FD + len(fds)
+    numbers = (at for at in count(end) if at not in taken)
+    steps = [(fd, to, next(numbers) if fd < end else fd) for to, fd in enumerate(fds, FIRST_FD)]
+    moved = [between for fd, _, between in steps if between != fd]
     # What others left open in us for whatever we start, such as a shell's `9>lock`, must not live as long.
     strangers = set(_inheritable()) - set(range(FIRST_FD + len(fds)))
     actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
         (os.POSIX_SPAWN_DUP2, 0, 1),
         (os.POSIX_SPAWN_DUP2, log if log >= 0 else 0, 2),
-        *((os.POSIX_SPAWN_DUP2, fd, between) for fd, _, between in steps),
+        *((os.POSIX_SPAWN_DUP2, fd, between) for fd, _, between in steps if between != fd),
         *((os.POSIX_SPAWN_DUP2, between, to) for _, to, between in steps),
-        *((os.POSIX_SPAWN_CLOSE, fd) for fd in sorted(strangers.union(between for *_, between in steps))),
+        *((os.POSIX_SPAWN_CLOSE, fd) for fd in sorted(strangers.union(moved))),
     ]
     # -P: a `json.py` in the caller's directory must not shadow ours.
     argv = [sys.executable, "-P", "-m", module, *arguments]

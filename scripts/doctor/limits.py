@@ -96,9 +96,9 @@ def examine(facts: Facts) -> Iterator[Finding]:
 def fitting(hard: int) -> int:
     """Return how many processes fit with this limit on open files, and into the keeper's store.
 
-    To start a broker with all that it holds, the keeper needs three numbers for each descriptor.
+    To start a broker with all that it holds, the keeper needs two numbers for each descriptor.
     """
-    left = STORE_MAX if hard == _UNLIMITED else min(hard // 3 - RESERVE, STORE_MAX)
+    left = STORE_MAX if hard == _UNLIMITED else min(hard // 2 - RESERVE, STORE_MAX)
     return max(0, left) // len(ROLES)
 
 
@@ -111,10 +111,8 @@ def check_files(facts: Facts) -> Finding:
     """Open files: the broker raises its soft limit to the hard one."""
     soft, hard = facts.files
     count = fitting(hard)
-    bound = "the keeper's store" if hard == _UNLIMITED or hard // 3 - RESERVE >= STORE_MAX else "the hard limit"
-    meaning = (
-        f"{bound} has room for {count} processes ({len(ROLES)} descriptors each, three times while a broker starts)"
-    )
+    bound = "the keeper's store" if hard == _UNLIMITED or hard // 2 - RESERVE >= STORE_MAX else "the hard limit"
+    meaning = f"{bound} has room for {count} processes ({len(ROLES)} descriptors each, twice while a broker starts)"
     severity = _room(count, min(_WANTED, 2 * facts.max_processes))
     advice = "raise the hard limit (LimitNOFILE= of the unit, /etc/security/limits.conf), then restart the broker"
     found = f"soft {_shown(soft)}, hard {_shown(hard)} of {facts.whose}"

@@ -312,6 +312,6 @@ async def test_the_folders_and_sockets_are_private(home: Home, host: outlive.Hos
         assert folder.stat().st_mode & 0o777 == 0o700
     for ending in ("", "-wal", "-shm"):
         assert os.stat(f"{home.paths.journal}{ending}").st_mode & 0o777 == 0o600
-    assert len(home.sockets()) == 3
+    assert len(home.sockets()) == 4
     for path in home.sockets():
         assert path.stat().st_mode & 0o777 == 0o600
