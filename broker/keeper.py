@@ -36,8 +36,7 @@ from ..common import kernel, launch, notify
 from ..common.paths import Paths
 
 # Seconds before a broker that did not come up is started again: the first pause, doubling up to the longest.
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 30.0
 # Brokers in a row that did not come up after which we end, if we hold nothing.
 GIVE_UP_AFTER = 5
 # Ends of orphans that are remembered.
@@ -56,9 +55,8 @@ class Keeper:
         self.paths = paths
         self.store: dict[str, list[int]] = {}
         self.records: deque[dict[str, str]] = deque(maxlen=RECORDS_MAX)
-        self.broker = self.failures = 0
+        self.broker, self.failures, self.start_at = 0, 0, 0.0
         self.ready = self.stopping = False
-        self.start_at = 0.0
         self.line: socket.socket | None = None
         self.backlog: deque[dict[str, str]] = deque()
         self.up = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -74,17 +72,13 @@ class Keeper:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         kernel.become_subreaper()
 
-    def begin(self, ready: int) -> bool:
-        """Take the lock, the socket and what systemd kept for us; `False` when there is a keeper already."""
+    def begin(self, ready: int) -> None:
+        """Take the lock, the socket and what systemd kept for us; `BlockingIOError`: there is a keeper already."""
         self.lock = os.open(self.paths.keeper_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.store = notify.inherited(launch.FIRST_FD)
         self.socket = notify.listen(self.paths.keeper)
         self._start_broker(ready)
-        return True
 
     def run(self) -> None:
         """Keep until the broker has ended because it was wanted to."""
@@ -94,10 +88,8 @@ class Keeper:
             poll.register(self.socket, select.POLLIN)
             if self.backlog and self.line:
                 poll.register(self.line, select.POLLOUT)
-            poll.poll(None if self.broker else max(0.0, self.start_at - time.monotonic()) * 1000)
-            signals = b""
-            with suppress(BlockingIOError):
-                signals = os.read(self.woken, 1024)
+            came = dict(poll.poll(None if self.broker else max(0.0, self.start_at - time.monotonic()) * 1000))
+            signals = os.read(self.woken, 1024) if self.woken in came else b""
             if signal.SIGTERM in signals:
                 # systemd's is a stop: the end also of a broker that could not be told yet, or is not there.
                 self.stopping = self.stopping or bool(self.upwards)
@@ -120,9 +112,7 @@ class Keeper:
     def _receive(self) -> None:
         with suppress(BlockingIOError):
             while True:
-                if (datagram := notify.receive(self.socket)) is None:
-                    continue
-                fields, fds, user = datagram
+                fields, fds, user = notify.receive(self.socket) or ({}, [], -1)
                 if user == os.getuid():
                     fds = self._told(fields, fds)
                 for fd in fds:
@@ -133,10 +123,8 @@ class Keeper:
         name = fields.get("FDNAME", "")
         if fields.get("MAINPID", "").isdecimal():
             self.broker = int(fields["MAINPID"])
-        if "READY" in fields:
-            self.ready, self.failures = True, 0
-        if "STOPPING" in fields:
-            self.stopping = True
+        self.ready |= "READY" in fields
+        self.stopping |= "STOPPING" in fields
         if self.upwards and not fields.keys() & {"MAINPID", "FORWARD"}:
             with suppress(OSError):
                 notify.send(self.up, fields, fds, self.upwards)
@@ -155,11 +143,11 @@ class Keeper:
         with suppress(ChildProcessError):
             while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 self._receive()  # its last words; they may change who the broker is
-                pid, exited = found.si_pid, found.si_code == os.CLD_EXITED
+                pid = found.si_pid
                 if pid == self.broker:
                     self.broker = 0
                     self._pause(failed=not self.ready)
-                status = found.si_status << 8 if exited else found.si_status
+                status = found.si_status << 8 * (found.si_code == os.CLD_EXITED)
                 record = {"ORPHAN": str(pid), "START": str(kernel.start_time(pid)), "STATUS": str(status)}
                 self.records.append(record)
                 self.backlog.append(record)
@@ -198,9 +186,7 @@ class Keeper:
         with suppress(OSError):  # no room; or it has died, and the next one gets everything anyway
             while self.backlog and self.line:
                 fields = self.backlog[0]
-                kept = self.store.get(fields["FDNAME"], []) if "FORWARD" in fields else []
-                if kept or "FORWARD" not in fields:
-                    notify.send(self.line, fields, kept)
+                notify.send(self.line, fields, self.store.get(fields.get("FDNAME", ""), []))
                 self.backlog.popleft()
 
     # Ourselves.
@@ -216,15 +202,15 @@ class Keeper:
             launch.become("outlive.broker.keeper", (state, *self._numbers()), SIGNALS)
         except OSError as error:
             print(f"keeper: not executed anew: {error}", file=sys.stderr, flush=True)
-        del os.environ[STATE]
-        os.close(state)
+        os.close(int(os.environ.pop(STATE)))
 
     def _numbers(self) -> Iterator[int]:
         line = [self.line.fileno()] if self.line else []
         return chain((self.lock, self.socket.fileno()), line, *self.store.values())
 
-    def resume(self, state: int) -> None:
+    def resume(self) -> None:
         """Go on with what `_execute_anew` wrote down."""
+        state = int(os.environ.pop(STATE))
         table = json.loads(os.pread(state, os.fstat(state).st_size, 0))
         self.lock, listener, line, self.store, self.broker, self.ready, self.failures, *records = table
         self.records.extend(records)
@@ -232,7 +218,6 @@ class Keeper:
         self.line = socket.socket(fileno=line) if line >= 0 else None
         for fd in self._numbers():
             os.set_inheritable(fd, False)
-        del os.environ[STATE]
         os.close(state)
         os.kill(os.getpid(), signal.SIGCHLD)  # who ended meanwhile
 
@@ -243,16 +228,16 @@ def main() -> int:
     os.umask(0o077)
     launch.raise_limits()
     keeper = Keeper(Paths.from_environment())
-    if state := os.environ.get(STATE):
-        keeper.resume(int(state))
+    if STATE in os.environ:
+        keeper.resume()
     else:
         ready = int(sys.argv[1]) if len(sys.argv) > 1 else -1
         keeper.paths.prepare()
         if keeper.upwards:  # one log, whoever started us
-            log = os.open(keeper.paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.dup2(log, 2)
-            os.close(log)
-        if not keeper.begin(ready):
+            os.dup2(keeper.paths.open_log(), 2)
+        try:
+            keeper.begin(ready)
+        except BlockingIOError:
             if ready >= 0:
                 os.write(ready, b"taken")
             return NEEDED if keeper.upwards else 0

@@ -23,7 +23,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
 import msgpack
@@ -133,17 +133,20 @@ class Host:
         return await self.call(Shutdown(all=True), list[ThreadRow], None)
 
     async def down(self, *, force: bool = False) -> dict[str, Any]:
-        """End the broker, see it gone, and return as `ended` what that ended.
+        """End the broker, see it and its keeper gone, and return as `ended` what that ended.
 
         Raises `BadRequest`, naming them, while processes live; `force` ends them.
         """
         while True:
             live = sorted(f"{row.thread}/{row.process_id}" for row in await self.processes())
-            try:
-                pidfd = os.pidfd_open((await self.status())["broker_pid"])
-            except ProcessLookupError:  # killed in this moment
-                continue
-            try:
+            status = await self.status()
+            with ExitStack() as pidfds:
+                try:
+                    pidfd, *keeper = [
+                        _pidfd(pid, pidfds) for pid in (status["broker_pid"], status["keeper_pid"]) if pid
+                    ]
+                except ProcessLookupError:  # killed in this moment
+                    continue
                 try:
                     answer = await self.call(Down(force=force), dict[str, Any], None, repeat=False)
                 except Interrupted:
@@ -153,9 +156,8 @@ class Host:
                         continue
                     # Its end has reached us before its answer; then the end is the answer.
                     answer = {"ended": live}
-                await until_readable(pidfd, MARGIN)
-            finally:
-                os.close(pidfd)
+                for ending in (pidfd, *keeper):
+                    await until_readable(ending, MARGIN)
             return answer
 
     async def upgrade(self) -> dict[str, Any]:
@@ -298,6 +300,13 @@ class Host:
         except Unavailable:
             return False
         return True
+
+
+def _pidfd(pid: int, until: ExitStack) -> int:
+    """Return a pidfd that is closed with `until`."""
+    pidfd = os.pidfd_open(pid)
+    until.callback(os.close, pidfd)
+    return pidfd
 
 
 class Thread:

@@ -59,7 +59,7 @@ def test_numbers_that_belong_to_others_are_theirs() -> None:
 
 @pytest.mark.parametrize(
     ("hard", "count"),
-    [(0, 0), (192, 0), (212, 0), (213, 1), (1024, 39), (20_000, 943), (524_288, 1428), (FREE, 1428)],
+    [(0, 0), (128, 0), (141, 0), (142, 1), (1024, 64), (20_000, 1419), (524_288, 1428), (FREE, 1428)],
 )
 def test_a_process_takes_seven_descriptors_of_what_reserve_and_store_leave(hard: int, count: int) -> None:
     assert fitting(hard) == count
