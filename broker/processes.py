@@ -47,6 +47,8 @@ from .records import Limits, Record
 THREADS_MAX = 10_000
 # Ends of adopted processes that are remembered until their descriptors are found.
 ORPHANS_MAX = 4096
+# Seconds that a keeper may take to tell how a process ended that it has adopted; it takes milliseconds.
+KEEPERS_WORD = 1.0
 # Milliseconds that the kernel may take to execute a program: microseconds, unless it comes from a slow disk.
 _EXECUTES_WITHIN = 50
 
@@ -364,8 +366,15 @@ class Processes(ABC):
             self.move(entry, Event.DETACHED)
             self.take_back(thread)
 
-    def _resolve_start(self, entry: Entry) -> None:
-        """Nobody will finish this start: find out by the mark in the header what became of it."""
+    def _resolve_late(self, entry: Entry) -> None:
+        if self.threads[entry.key[0]].entries.get(entry.key[1]) is entry and entry.state is State.STARTING:
+            self._resolve_start(entry, waited=True)
+
+    def _resolve_start(self, entry: Entry, *, waited: bool = False) -> None:
+        """Nobody will finish this start: find out by the mark in the header what became of it.
+
+        `waited`: for the keeper's word on how it ended.
+        """
         transcript = entry.transcript
         live = transcript.live() if transcript else None
         if transcript is None or live is None or not live.started:
@@ -374,6 +383,9 @@ class Processes(ABC):
         pidfd = _find(live.pid, transcript)
         self._recall(transcript)
         if pidfd is None and transcript.live().outcome is None:
+            if self._world.keeper_pid is not None and not waited:
+                asyncio.get_running_loop().call_later(KEEPERS_WORD, self._resolve_late, entry)
+                return
             self.move(entry, Event.VANISHED)
             return
         if pidfd is not None:
@@ -494,6 +506,8 @@ class Processes(ABC):
         for entry in list(self.entries()):
             left[entry.key] = self.store.remove(entry.key) or entry.handles
             entry.handles = Handles()
+        for thread in self.threads.values():
+            thread.entries.clear()  # a timer that is still to come finds nothing to decide about
         self.store.close()
         self.journal.close()
         return left
