@@ -31,13 +31,18 @@ _F_SEAL_EXEC = 0x20
 _SO_PEERPIDFD = 77
 _TIOCSIG = 0x40045436
 _TIOCGPTN = 0x80045430
-# The number of the system call, which libc does not wrap.
-_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272}.get(os.uname().machine, -1)
 # _IOWR(0xFF, 11, struct pidfd_info), for the struct's first published size of 64 bytes.
 _PIDFD_GET_INFO = 0xC040FF0B
 _KCMP_FILE = 0
 # Of the machines we have met; elsewhere the call counts as missing.
-_SYS_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "loongarch64": 272, "ppc64le": 354, "s390x": 343}
+_SYS_KCMP = {
+    "x86_64": 312,
+    "aarch64": 272,
+    "riscv64": 272,
+    "loongarch64": 272,
+    "ppc64le": 354,
+    "s390x": 343,
+}.get(os.uname().machine, -1)
 _PIDFD_INFO_PID = 1 << 0
 _PIDFD_INFO_EXIT = 1 << 3
 
@@ -191,7 +196,8 @@ def is_pty_master(fd: int) -> bool:
 def is_same_file(first: int, second: int) -> bool:
     """Tell whether two descriptors are the same open file, with one position; `False` where nobody can tell."""
     pid = os.getpid()
-    return bool(_libc.syscall(_KCMP, pid, pid, 0, first, second) == 0)
+    numbers = ctypes.c_ulong(first), ctypes.c_ulong(second)
+    return bool(_libc.syscall(ctypes.c_long(_SYS_KCMP), pid, pid, _KCMP_FILE, *numbers) == 0)
 
 
 def is_reaped(pidfd: int) -> bool:
@@ -336,18 +342,10 @@ def has_peer_pidfd() -> bool:
 
 def has_kcmp() -> bool:
     """Tell whether the kernel says if two descriptors are the same open file (`kcmp`)."""
-    call = _SYS_KCMP.get(os.uname().machine)
-    if call is None:
-        return False
     first, second = os.pipe()
     copy = os.dup(first)
     try:
-        pid = os.getpid()
-        same, other = (
-            _libc.syscall(ctypes.c_long(call), pid, pid, _KCMP_FILE, ctypes.c_ulong(first), ctypes.c_ulong(fd))
-            for fd in (copy, second)
-        )
+        return is_same_file(first, copy) and not is_same_file(first, second)
     finally:
         for fd in (first, second, copy):
             os.close(fd)
-    return bool(same == 0 and other > 0)
