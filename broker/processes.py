@@ -28,7 +28,7 @@ from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
 from ..common.held import Held
 from ..common.launch import MARK
-from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Orphaned
+from ..common.messages import Body, Collected, Delta, Ended, Forget, Orphaned
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
@@ -183,12 +183,7 @@ class Processes(ABC):
         entry = thread.entries.get(process_id)
         if entry is None or entry.epoch != peer.epoch:
             return
-        if isinstance(notice, Begin):
-            argv = [os.fsdecode(word) for word in notice.argv]
-            self._world.publish(
-                "begin", thread.thread_id, process_id, call_id=notice.call_id, pid=notice.pid, command=argv
-            )
-        elif isinstance(notice, Delta):
+        if isinstance(notice, Delta):
             entry.stream = notice.seq + 1, notice.offset + len(notice.chunk)
             self._world.publish(
                 "delta",
@@ -207,6 +202,12 @@ class Processes(ABC):
         elif isinstance(notice, Orphaned):
             self.orphaned(thread.thread_id, process_id)
 
+    def _publish_begin(self, entry: Entry) -> None:
+        assert entry.transcript is not None
+        facts = entry.transcript.facts
+        argv = [os.fsdecode(word) for word in facts.argv]
+        self._world.publish("begin", *entry.key, call_id=facts.call_id, pid=entry.pid, command=argv)
+
     def _announce(self, entry: Entry, notice: Ended) -> None:
         outcome = entry.outcome
         self._world.publish(
@@ -222,7 +223,7 @@ class Processes(ABC):
     def deposited(self, peer: Peer, parcel: dict[tuple[str, str], Handles], *, kept: bool) -> None:
         """A worker or its spawner has deposited descriptors; raises `PeerError`, closing what it refuses.
 
-        `kept`: the keeper has them already.
+        `kept`: the keeper has them, or gets them from the spawner once the process runs.
         """
         refused = []
         for (thread_id, process_id), handles in parcel.items():
@@ -241,6 +242,7 @@ class Processes(ABC):
     def _deposit(self, peer: Peer, key: tuple[str, str], handles: Handles, *, kept: bool) -> None:
         thread = self.threads[key[0]]
         entry = thread.entries.get(key[1])
+        new = entry is None
         if entry is None:
             if handles.transcript < 0:
                 raise PeerError("deposited without its transcript")
@@ -257,6 +259,8 @@ class Processes(ABC):
         if entry.state is State.STARTING and entry.handles.pidfd >= 0:
             alive = thread.epoch == peer.epoch and thread.worker_pid is not None
             self._started(entry, Event.STARTED if alive else Event.STARTED_ALONE)
+            if not new:  # else it runs for longer, and a former broker has said so
+                self._publish_begin(entry)
 
     def _enter(self, thread: Thread, key: tuple[str, str], epoch: int, transcript: Transcript) -> Entry:
         entry = Entry(key, epoch)
@@ -389,7 +393,9 @@ class Processes(ABC):
             self.move(entry, Event.VANISHED)
             return
         if pidfd is not None:
-            self._adopt(entry, Handles({"pidfd": pidfd}), kept=False)
+            self._adopt(entry, Handles({"pidfd": pidfd}), kept=True)
+            # Its spawner may have died before it had the keeper keep anything.
+            self._world.keep(transcript.facts.mark, [*entry.handles.held().values()])
         entry.pid = live.pid
         self._started(entry, Event.STARTED_ALONE)
 

@@ -37,7 +37,6 @@ from ..common.errors import (
 )
 from ..common.held import Held, exec_yield, write_yield
 from ..common.messages import (
-    Begin,
     Body,
     Collected,
     ExecCommand,
@@ -337,7 +336,7 @@ class ProcessManager:
             self._make_room(warnings)
             handles = await self._nursery.start(order)
             try:
-                self._adopt(self._hold(handles), 0, 0 if self._deltas else None, call_id=call.call_id)
+                self._adopt(self._hold(handles), 0, 0 if self._deltas else None)
             except BaseException:
                 handles.close()
                 raise
@@ -435,7 +434,7 @@ class ProcessManager:
             on_output=self._output,
         )
 
-    def _adopt(self, held: Held, seq: int, offset: int | None, call_id: str | None = None) -> None:
+    def _adopt(self, held: Held, seq: int, offset: int | None) -> None:
         facts = held.transcript.facts
         if self._deltas and offset is None:
             offset = held.pump.written
@@ -446,9 +445,6 @@ class ProcessManager:
         self._calls[facts.call_id] = held.process_id
         # Collected, and here again: the broker died before it had recorded that.
         self._collected.pop(facts.call_id, None)
-        if call_id is not None:
-            pid = held.transcript.live().pid
-            self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))
         try:
             held.begin(self._lease)
         except BaseException:
