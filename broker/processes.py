@@ -26,7 +26,7 @@ from ..common import ending, kernel, tree
 from ..common.config import Config
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
-from ..common.held import Held
+from ..common.held import REPEATED_WITHIN, Held
 from ..common.launch import MARK
 from ..common.messages import Body, Collected, Delta, Ended, Forget, Orphaned
 from ..common.outcome import Outcome
@@ -473,6 +473,12 @@ class Processes(ABC):
             self._expire_ended(self.threads[held.key[0]])
         else:
             entry.tell()
+        if held.transcript.live().told and not entry.told:  # by whom, a broker knew that has died
+            asyncio.get_running_loop().call_later(REPEATED_WITHIN, self._settle_told, entry)
+
+    def _settle_told(self, entry: Entry) -> None:
+        entry.told = True
+        self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
         """Let a process go that we hold, if its end and all its output were in answers."""

@@ -35,7 +35,7 @@ from ..common.errors import (
     SpawnError,
     UnknownProcess,
 )
-from ..common.held import Held, exec_yield, write_yield
+from ..common.held import REPEATED_WITHIN, Held, exec_yield, write_yield
 from ..common.messages import (
     Body,
     Collected,
@@ -305,9 +305,11 @@ class ProcessManager:
             elif managed.watch.offset is None:
                 managed.watch.offset = managed.held.pump.written
 
-    def ended_here(self) -> list[Managed]:
-        """The ended processes that nobody has collected: a new broker must hear of them again."""
-        return [managed for managed in self._processes.values() if managed.held.ended]
+    def tell_of_ends(self) -> None:
+        """Tell a new broker, which cannot know, of the ended processes that nobody has collected."""
+        for managed in list(self._processes.values()):
+            if managed.held.ended:
+                self._ended(managed.held)
 
     def deposits(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return all descriptors, on loan, for a broker that has none of them."""
@@ -460,6 +462,12 @@ class ProcessManager:
         managed = self._processes.get(held.process_id) or self._going.get(held.process_id)
         if managed:
             managed.watch.ended(held.pump.written)
+            if held.transcript.live().told:  # to whom, a broker knew that has died
+                asyncio.get_running_loop().call_later(REPEATED_WITHIN, self._settle_told, held.process_id)
+
+    def _settle_told(self, process_id: str) -> None:
+        self._answered.add(process_id)
+        self.settle()
 
     def _talked(self, process_id: str) -> None:
         self._talking[process_id] -= 1
