@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -111,6 +112,10 @@ class Broker:
             self._loop.add_signal_handler(number, self._asked_to_end)
         self._expect_survivors()
         self._take_inheritance()
+        await self._keeping.hear()  # now the keeper has what we hold, and we what spawners told it
+        self.threads.lose_missing()
+        if self._keeping.line is None and notify.ADDRESS in os.environ:
+            self._keeper_lost()  # while we took over
         self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
         self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
         # Last: whoever gets through the handshake finds the rest in place.
@@ -151,8 +156,12 @@ class Broker:
         self._loop.remove_signal_handler(signal.SIGCHLD)
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        for peer in list(self._peers.values()):
+            self._take_in(peer)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for peer in [*self._peers.values(), *self._unknown]:
             self._loop.remove_reader(peer.channel.fileno())
             peer.close()
@@ -179,19 +188,25 @@ class Broker:
             line.close()
         return None
 
+    def _take_in(self, peer: Peer) -> None:
+        """Take in what a peer has deposited by now; what comes later finds it closed, and goes to the keeper."""
+        self._loop.remove_reader(peer.channel.fileno())
+        with suppress(OSError, PeerError):  # refused, as ever, or the end
+            peer.channel.socket.shutdown(socket.SHUT_RD)
+            while packet := peer.channel.receive():
+                try:
+                    self._packet(peer, packet)
+                finally:
+                    packet.close()
+
     # What came before us, and what comes after.
 
     def _take_inheritance(self) -> None:
         """Take up the processes of a former broker."""
-        self._keeping.listen()  # how adopted processes ended comes first
         for fds in self._inheritance.found.values():
             self._found(fds)
         for handles in self._inheritance.handed:
             self.threads.found(handles, kept=self._inheritance.kept)
-        for thread_id, process_id in self.threads.journal.living():
-            thread = self.threads.threads[thread_id]
-            if process_id not in thread.entries and not thread.expected and not thread.unfinished:
-                self.threads.journal.lose(thread_id, process_id, "the broker and its keeper died")
 
     def _found(self, fds: list[int]) -> None:
         """The keeper has handed us what it keeps of one process."""
@@ -287,6 +302,10 @@ class Broker:
     def unkeep(self, mark: str) -> None:
         """Have the keeper close them."""
         self._keeping.remove(mark)
+
+    async def hear_keeper(self) -> None:
+        """Take in what the keeper was told before now."""
+        await self._keeping.hear()
 
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of an epoch are all dead."""

@@ -91,6 +91,9 @@ class World(Protocol):
     def unkeep(self, mark: str) -> None:
         """Have it close them."""
 
+    async def hear_keeper(self) -> None:
+        """Take in what the keeper was told before now."""
+
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of this epoch are all dead."""
 
@@ -307,6 +310,13 @@ class Processes(ABC):
         self._adopt(entry, handles, kept=kept)
         if entry.state is State.STARTING:
             self._judge(entry)
+
+    def lose_missing(self) -> None:
+        """What was alive by the journal, and is held by nobody who can still come, is lost."""
+        for thread_id, process_id in list(self.journal.living()):
+            thread = self.threads[thread_id]
+            if process_id not in thread.entries and not thread.expected and not thread.unfinished:
+                self.journal.lose(thread_id, process_id, "the broker and its keeper died")
 
     def _judge(self, entry: Entry) -> None:
         """Decide about a found process by the table, and do it."""
