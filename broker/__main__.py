@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from ..common import kernel, launch, notify
 from ..common.config import Config, load
-from ..common.errors import OutliveError
+from ..common.errors import OutliveError, Unavailable
 from ..common.paths import Paths
 from ..common.pump import CopyingPump, Pump
 from .loop import Broker
@@ -43,6 +43,10 @@ def _inherit(paths: Paths, line: int, found: dict[str, list[int]]) -> Inheritanc
         if inheritance := take_over(paths):
             break
     else:
+        if line < 0 and notify.ADDRESS in os.environ:
+            # The keeper starts another one, with everything; we would find nothing, and call it lost.
+            os.close(lock)
+            raise Unavailable("the broker that was to be upgraded died before it handed over")
         inheritance = Inheritance(lock)
     if line >= 0:
         inheritance.line = socket.socket(fileno=line)

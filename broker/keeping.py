@@ -147,6 +147,11 @@ class Keeping:
                 answer.set_result(None)
             _close(fds)
 
+    def listen_no_more(self) -> None:
+        """Leave what the keeper tells from now on to whoever gets the line."""
+        if self._line:
+            self._loop.remove_reader(self._line.fileno())
+
     def let_go(self) -> socket.socket | None:
         """Return the line for a successor; we hear nothing more, and say only what is queued."""
         line, self._line = self._line, None

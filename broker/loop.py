@@ -110,14 +110,14 @@ class Broker:
         self._loop.add_signal_handler(signal.SIGCHLD, self.notice_deaths)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_end)
+        self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
+        self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
         self._expect_survivors()
         self._take_inheritance()
         await self._keeping.hear()  # now the keeper has what we hold, and we what spawners told it
         self.threads.lose_missing()
         if self._keeping.line is None and notify.ADDRESS in os.environ:
             self._keeper_lost()  # while we took over
-        self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
-        self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
         # Last: whoever gets through the handshake finds the rest in place.
         self._listener = channel.listen(self._paths.channel)
         self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -156,6 +156,7 @@ class Broker:
         self._loop.remove_signal_handler(signal.SIGCHLD)
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
+        self._keeping.listen_no_more()
         for peer in list(self._peers.values()):
             self._take_in(peer)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
