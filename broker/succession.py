@@ -131,10 +131,12 @@ def take_over(paths: Paths) -> Inheritance | None:
                 )
             else:
                 raise PeerError(f"the running broker refused: {packet.message.get('message')}")
-    except (OSError, HandoffError) as error:
+    except (OSError, HandoffError, PeerError) as error:
         for handles in handed:
             handles.close()
         link.close()
+        if isinstance(error, PeerError):
+            raise
         if isinstance(error, TimeoutError):
             raise PeerError(f"the running broker does not hand over within {READY_DEADLINE:.0f} s") from None
         return None
