@@ -104,7 +104,7 @@ async def test_the_successor_gets_every_descriptor_and_the_lock_and_the_line_if_
 ) -> None:
     taking = asyncio.create_task(asyncio.to_thread(take_over, paths))
     handing = predecessor.hand_over(await predecessor.knocked(), upgrade=upgrade)
-    telling = asyncio.create_task(handing.hand_over(predecessor.lock))
+    telling = asyncio.create_task(handing.hand_over(predecessor.lock, paths.log))
     inheritance = await taking
     assert inheritance is not None
     assert inheritance.predecessor is not None
@@ -125,21 +125,23 @@ async def test_a_successor_that_dies_while_it_comes_up_leaves_everything_where_i
 ) -> None:
     taking = asyncio.create_task(asyncio.to_thread(take_over, paths))
     handing = predecessor.hand_over(await predecessor.knocked(), upgrade=True)
-    telling = asyncio.create_task(handing.hand_over(predecessor.lock))
+    telling = asyncio.create_task(handing.hand_over(predecessor.lock, paths.log))
     inheritance = await taking
     assert inheritance is not None
+    with paths.log.open("a") as log:
+        log.write("Traceback:\nNameError: it\n")
     closed(inheritance)
-    assert await telling == "it died while it came up; see the log"
+    assert await telling == f"it died while it came up: NameError: it (see {paths.log})"
     assert all(len(handles) == len(ROLES) for handles in predecessor.handles.values())
 
 
 async def test_a_successor_that_says_nothing_is_seen_dead_before_anybody_serves_again(
-    predecessor: Predecessor, silent: int, monkeypatch: pytest.MonkeyPatch
+    predecessor: Predecessor, paths: Paths, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(succession, "READY_DEADLINE", 0.5)
     ours, theirs = channel.pair()
     successor = Peer(ours, silent, os.pidfd_open(silent))
-    failure = await predecessor.hand_over(successor, upgrade=True).hand_over(predecessor.lock)
+    failure = await predecessor.hand_over(successor, upgrade=True).hand_over(predecessor.lock, paths.log)
     assert failure.startswith("it did not come up within")
     assert kernel.start_time(silent) is None
     theirs.close()
