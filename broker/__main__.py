@@ -40,6 +40,9 @@ def _inherit(paths: Paths, line: int, found: dict[str, list[int]]) -> Inheritanc
     while (lock := _lock(paths)) is None:
         if notify.ADDRESS not in os.environ:
             return None
+        # One that cannot be loaded must not take the place of one that runs; now nobody has stopped serving yet.
+        from . import keeper  # noqa: F401
+
         if inheritance := take_over(paths):
             break
     else:
@@ -61,7 +64,7 @@ async def _run(paths: Paths, config: Config, mode: str, inheritance: Inheritance
         succession = await broker.run(on_ready=lambda: _ready(inheritance, broker))  # noqa: B023
         if succession is None:
             return
-        failure = await succession.hand_over(inheritance.lock)
+        failure = await succession.hand_over(inheritance.lock, paths.log)
         if not failure:
             succession.close()
             return
@@ -78,8 +81,6 @@ def _ready(inheritance: Inheritance, broker: Broker) -> None:
             predecessor.send("ready")
         predecessor.close()
         if inheritance.kept and (pid := broker.keeper_pid):
-            from . import keeper  # noqa: F401  a keeper that cannot be loaded must not take the place of one that runs
-
             os.kill(pid, signal.SIGHUP)
 
 

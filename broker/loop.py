@@ -49,7 +49,7 @@ from .epochs import Epochs
 from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
-from .succession import Inheritance, Succession
+from .succession import Inheritance, Succession, end_of, last_words
 from .threads import ThreadManager
 
 # Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
@@ -240,6 +240,7 @@ class Broker:
         if self._candidate:
             raise BadRequest("an upgrade is under way; wait for it")
         ready, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        since = end_of(self._paths.log)
         try:
             self._candidate = launch.launch(
                 "outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=self._log_fd
@@ -252,7 +253,9 @@ class Broker:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
-            return said or ("it died; see the log" if came else f"nothing within {CANDIDATE_DEADLINE:.0f} s")
+            if came:
+                return said or f"it died{last_words(self._paths.log, since)}"
+            return f"nothing within {CANDIDATE_DEADLINE:.0f} s"
         finally:
             os.close(ready)
             if self._successor is None:

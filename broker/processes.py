@@ -322,6 +322,7 @@ class Processes(ABC):
         """Decide about a found process by the table, and do it."""
         transcript = entry.transcript
         assert transcript is not None
+        self._recall(transcript)
         live = transcript.live()
         entry.pid = live.pid
         holder = Leaseholder.NOBODY

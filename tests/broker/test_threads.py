@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from outlive.broker import lifecycle
+from outlive.broker import lifecycle, processes
 from outlive.broker.custody import Holder, State
 from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
@@ -348,6 +348,27 @@ async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps
     outcome = entry.outcome
     assert outcome is not None
     assert (outcome.kind, outcome.code, outcome.signal) == ("lost", None, None)
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_start_of_which_nothing_is_found_waits_for_the_keepers_word_before_it_is_lost(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setattr(processes, "KEEPERS_WORD", 0.0)
+    monkeypatch.setattr(stage.world, "keeper_pid", 1)
+    await stage.wake()
+    pid = (1 << 22) + 1
+    early = stage.children.early("1000")
+    mark_started(early.transcript, pid)
+    stage.deposit(early, "1000")
+    stage.die(spawner_too=True)
+    assert stage.entry("1000").state is State.STARTING
+    if told:  # it is on its way while the broker looks for what it has found
+        stage.manager.orphan_ended(pid, 1, 42 << 8)
+    await stage.ended("1000")
+    outcome = stage.entry("1000").outcome
+    assert outcome == (Outcome("exited", code=42) if told else Outcome.lost("its pidfd was never received"))
+    early.close()
 
 
 async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None:
