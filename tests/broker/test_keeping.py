@@ -123,6 +123,14 @@ async def test_a_broker_that_is_ready_says_first_who_it_is(keeping: Keeping, kee
     assert (await keeper.hear())[0] == {"READY": "1"}
 
 
+async def hear_out(keeping: Keeping, keeper: Keeper) -> None:
+    """Have the broker's end hear everything, the keeper answering in its turn."""
+    hearing = asyncio.create_task(keeping.hear())
+    fields, _ = await keeper.hear()
+    notify.send(keeper.line, fields)
+    await hearing
+
+
 async def test_orphans_and_what_was_forwarded_are_heard_and_nonsense_is_not(
     keeping: Keeping, keeper: Keeper, heard: Heard, descriptors: Callable[[], int]
 ) -> None:
@@ -137,7 +145,7 @@ async def test_orphans_and_what_was_forwarded_are_heard_and_nonsense_is_not(
     ):
         notify.send(keeper.line, fields, [fd] if "ORPHAN" in fields else [])
     notify.send(keeper.line, {"FORWARD": "1"}, [fd, fd])
-    keeping.listen()
+    await hear_out(keeping, keeper)
     assert heard.orphans == [(10, 20, 30)]
     (found,) = heard.found
     assert len(found) == 2
@@ -154,7 +162,7 @@ async def test_the_keepers_death_is_told_once_and_then_nothing_is_said_to_it(
     heard.lost.clear()
     assert keeping.line is None
     keeping.store("mark", [0])
-    keeping.listen()
+    await keeping.hear()
     assert not heard.lost.is_set()
 
 
@@ -164,7 +172,7 @@ async def test_a_line_that_was_let_go_is_the_successors_alone(
     line = keeping.let_go()
     assert line is not None
     notify.send(keeper.line, {"ORPHAN": "1", "START": "2", "STATUS": "3"})
-    keeping.listen()
+    await keeping.hear()
     assert heard.orphans == []
     assert notify.receive(line) is not None
     line.close()
@@ -177,5 +185,5 @@ async def test_without_a_keeper_nothing_is_done(heard: Heard, monkeypatch: pytes
     keeping.remove("mark")
     keeping.ready()
     keeping.stopping()
-    keeping.listen()
+    await keeping.hear()
     assert keeping.let_go() is None
