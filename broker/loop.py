@@ -64,6 +64,8 @@ KEEPER_PAUSE = 5.0
 CANDIDATE_DEADLINE = 30.0
 # Seconds for what is on its way when we stop: messages, and callbacks of what was written.
 _LAST_WORDS = 0.05
+# Seconds for what is under way to come to its end, cancelled.
+_TASKS_WITHIN = 2.0
 # Descriptors that the keeper needs beside what it keeps.
 KEEPERS_OWN = 24
 # Peers at once: each takes a descriptor or two.
@@ -162,7 +164,10 @@ class Broker:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_TASKS_WITHIN)
+            for task in late:
+                self.log(f"not ended within {_TASKS_WITHIN:.0f} s: {task}")
         for peer in [*self._peers.values(), *self._unknown]:
             self._loop.remove_reader(peer.channel.fileno())
             peer.close()
