@@ -86,6 +86,29 @@ async def test_shells_and_floods_attached_and_asleep_live_through_it_byte_for_by
         await child.check()
 
 
+async def test_outside_systemd_the_death_of_broker_and_keeper_at_once_costs_only_what_sleeps(
+    home: Home, host: outlive.Host
+) -> None:
+    awake, asleep = await host.thread("awake"), await host.thread("asleep")
+    flood = await Numbered.start(awake, home.path, tty=True)
+    ended = await asleep.exec_command("echo kept; exit 3")
+    shell = await asleep.exec_command(["sh"], tty=True, yield_time_ms=250)
+    await asleep.detach()
+    (worker,) = home.pids("worker")
+    before = await host.status()
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # each would replace the other
+        for role in ("broker_pid", "keeper_pid"):
+            os.kill(before[role], number)
+    await replaced(host, before, keeper=True)
+    assert await asleep.wait(shell.process_id) == outlive.Outcome.lost("the broker and its keeper died")
+    assert await asleep.wait(ended.process_id) == outlive.Outcome("exited", code=3)
+    assert await asleep.output(ended.process_id) == b"kept\n"
+    assert home.pids("worker") == [worker]
+    await flood.more()
+    assert await flood.finish() == outlive.Outcome("exited", code=7)
+    await flood.check()
+
+
 async def test_what_ends_while_no_broker_runs_has_its_real_outcome(home: Home, host: outlive.Host) -> None:
     awake, asleep = await host.thread("awake"), await host.thread("asleep")
     ids = {}
