@@ -159,6 +159,8 @@ class Broker:
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._keeping.listen_no_more()
+        self._control.close()  # a request that came now would find workers without channels
+        self._events.close()
         for peer in list(self._peers.values()):
             self._take_in(peer)
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -176,8 +178,6 @@ class Broker:
         for pidfd in self._workers:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
-        self._control.close()
-        self._events.close()
         handles = self.threads.relinquish()
         self._pumps.close()
         await asyncio.sleep(_LAST_WORDS)  # what is on the disk now, the keeper need not keep

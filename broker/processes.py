@@ -414,6 +414,8 @@ class Processes(ABC):
 
     def move(self, entry: Entry, event: Event, notice: Ended | None = None) -> None:
         """Decide and do; a word that comes too late is logged and dropped."""
+        if self.threads[entry.key[0]].entries.get(entry.key[1]) is not entry:
+            return  # it is gone, or its successor's
         try:
             former = entry.custody.holder
             entry.custody, effects = custody.step(entry.custody, event)
