@@ -11,6 +11,8 @@ Read in this order; a module imports only from those above it, and from `common`
     epochs       which workers and spawners live, also those of a former broker.
     keeping      the keeper, as the broker sees it.
     detached     the `DetachedStore`: processes that the broker itself pumps.
+    watches      what is watched of each process, and which wake rules have come true.  Decides.
+    alarm        its clock, and who listens on which port.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
     processes    `Processes`: takes deposits and notices from workers, and does what custody decides.

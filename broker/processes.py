@@ -32,8 +32,10 @@ from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Orph
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
+from ..common.rules import Rule
 from ..common.transcript import Transcript
 from . import custody, findings
+from .alarm import Alarm, listening
 from .custody import Effect, Event, Holder, State
 from .detached import DetachedStore
 from .entries import Entry, Thread
@@ -42,6 +44,7 @@ from .journal import Journal
 from .lifecycle import Phase
 from .peers import Peer
 from .records import Limits, Record
+from .watches import Match, Watches
 
 # Threads at most: each has a worker when awake.
 THREADS_MAX = 10_000
@@ -110,6 +113,8 @@ class Processes(ABC):
         # How many descriptors of processes are held.
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alarm = Alarm(lambda: self.watches.alarm())
+        self.watches = Watches(self.came_true, set_alarm=self._alarm.set, listening=listening)
         # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
         self._orphans: dict[int, list[tuple[int, int]]] = {}
         limits = Limits(config.ended_keep_hours * 3600, config.ended_keep_count, config.journal_max_mb << 20)
@@ -123,6 +128,11 @@ class Processes(ABC):
     @abstractmethod
     def take_back(self, thread: Thread) -> None:
         """Give what the broker holds of a thread to its worker, which is up: soon, and one handoff at a time."""
+
+    def came_true(self, key: tuple[str, str], rule: Rule, match: Match) -> None:
+        """A rule of a process has come true, or with `Exit` it has ended while one was open."""
+        if entry := self.threads[key[0]].entries.get(key[1]):
+            entry.tell()
 
     def create(self, thread_id: str) -> Thread:
         """Return a thread, made known if it is new."""
@@ -397,6 +407,7 @@ class Processes(ABC):
 
     def move(self, entry: Entry, event: Event, notice: Ended | None = None) -> None:
         """Decide and do; a word that comes too late is logged and dropped."""
+        before = entry.state
         try:
             former = entry.custody.holder
             entry.custody, effects = custody.step(entry.custody, event)
@@ -407,11 +418,24 @@ class Processes(ABC):
             self.threads[entry.key[0]].journal.never_ran(entry.key[1])
         for effect in effects:
             self._do(entry, effect, former, notice)
+        self._watch(entry, before)
         if entry.state is State.GONE:
             thread = self.threads[entry.key[0]]
             if thread.entries.get(entry.key[1]) is entry:
                 del thread.entries[entry.key[1]]
         entry.tell()
+
+    def _watch(self, entry: Entry, before: State) -> None:
+        """Have what moved watched; who held it until now may not have told what it had found."""
+        if entry.state is State.GONE:
+            self.watches.drop(entry.key)
+            return
+        if before is State.STARTING and entry.state is not before and entry.transcript:
+            self.watches.arm(entry.key, entry.transcript)
+        if entry.state is State.ENDED and before is not State.ENDED:
+            self.watches.ended(entry.key, entry.outcome)
+        else:
+            self.watches.look(entry.key)
 
     def _do(self, entry: Entry, effect: Effect, former: Holder, notice: Ended | None) -> None:
         thread_id, process_id = entry.key
@@ -508,6 +532,7 @@ class Processes(ABC):
             entry.handles = Handles()
         for thread in self.threads.values():
             thread.entries.clear()  # a timer that is still to come finds nothing to decide about
+        self.watches.close()
         self.store.close()
         self.journal.close()
         return left

@@ -30,7 +30,7 @@ import msgpack
 import msgspec
 import zmq
 
-from . import kernel, messages, wire
+from . import kernel, messages, rules, wire
 from .connection import Connection, NotSent, open_connection, until_readable
 from .errors import BadRequest, Interrupted, Unavailable
 from .messages import (
@@ -329,6 +329,7 @@ class Thread:
         login: bool = True,
         env: Mapping[str, str] | None = None,
         call_id: str | None = None,
+        wake_on: Sequence[object] = (),
     ) -> Response:
         """Start a command and return what it printed until its end or for `yield_time_ms`.
 
@@ -337,6 +338,8 @@ class Thread:
         `yield_time_ms`: clamped to 250–30000.  `max_output_tokens`: of 4 bytes; what is longer keeps head and tail.
         `env`: added to the caller's environment.  `call_id`: the same
         id again returns the same process and starts nothing; made up when not given.
+        `wake_on`: what wakes the thread, besides what it does by itself: rules, see `rules`, such as `"exit"` or
+        `{"output": "error:"}`; whatever they are, the end of the process wakes it while one of them is open.
         Raises `SpawnError` with its stage when the program never ran, `LimitReached`, `BadRequest`.
         """
         here = os.getcwd()
@@ -355,6 +358,7 @@ class Thread:
             rows=rows,
             yield_time_ms=yield_time_ms,
             max_output_tokens=max_output_tokens,
+            wake_on=[str(rule) for rule in rules.rules_of(wake_on)],
         )
         return await self.host.call(body, Response, yield_time_ms / 1000 + MARGIN)
 

@@ -42,6 +42,8 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Cells = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 Offset = Annotated[int, msgspec.Meta(ge=0, le=OFFSET_MAX)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+# The text of a wake rule, see `rules`.
+RuleText = Annotated[str, msgspec.Meta(max_length=1100)]
 SignalNumber = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
@@ -90,6 +92,7 @@ class ExecCommand(Body, frozen=True, kw_only=True):
     """Start a command; `cmd` is a shell command line (text) or an argv (list).
 
     `environment` is the caller's, `overrides` what the call itself sets.  `call_id` makes it count once.
+    `wake_on`: the rules whose coming true wakes the thread.
     """
 
     thread: Name
@@ -105,6 +108,7 @@ class ExecCommand(Body, frozen=True, kw_only=True):
     rows: Cells = 24
     yield_time_ms: Milliseconds = 10_000
     max_output_tokens: Tokens = 10_000
+    wake_on: list[RuleText] = []
 
 
 class WriteStdin(Body, frozen=True, kw_only=True):

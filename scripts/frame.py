@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..common.client import Host, Thread
     from ..common.messages import ThreadRow
+    from ..common.rules import Rule
 
 FAILED, USAGE, TIMED_OUT, LOST, INTERRUPTED, READER_GONE = 1, 2, 124, 125, 130, 141
 
@@ -111,6 +112,26 @@ tokens_option = click.option(
     metavar="N",
     help="Shorten the shown output to about N tokens of 4 bytes; default: 10000.",
 )
+
+wake_on_option = click.option(
+    "--wake-on",
+    multiple=True,
+    metavar="RULE",
+    help="Wake the thread on: exit, output=RE, silence=S, port=N, deadline=S; repeatable.",
+)
+
+
+def rules_from(texts: Sequence[str], option: str) -> list[Rule]:
+    """Return the rules of an option; a wrong one is a usage error."""
+    if not texts:
+        return []
+    from ..common.errors import BadRequest
+    from ..common.rules import parse_all
+
+    try:
+        return parse_all(texts)
+    except BadRequest as error:
+        raise click.UsageError(f"{option}: {error}") from None
 
 
 def key_of(process: Process, thread: str | None) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from ..common import kernel, launch, tree
+from ..common import kernel, launch, rules, tree
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
 from ..common.errors import (
@@ -365,6 +365,7 @@ class ProcessManager:
             rows=call.rows,
             started_at_ns=time.time_ns(),
             boot_id=kernel.boot_id(),
+            wake_on=tuple(str(rule) for rule in rules.parse_all(call.wake_on)),
         )
         return Order(facts, environment_of(call, facts), self._lease)
 
