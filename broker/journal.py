@@ -32,6 +32,7 @@ from typing import Any, Literal
 from ..common.errors import ExpiredProcess, Unavailable, UnknownProcess
 from ..common.transcript import Transcript
 from .database import ROWS_AT_ONCE, Change, Database, Unusable
+from .outbox import Outbox
 from .records import Key, Limits, Record, Shelf
 
 # Seconds until records are written: a commit takes about as long as the short command it is about, and the next one
@@ -91,7 +92,15 @@ class Journal:
         self._retry: asyncio.TimerHandle | None = None
         # One thread, so that what is written stays in order.
         self._writer = ThreadPoolExecutor(1, "journal")
+        # Programs and wakes: what they say is written at once, together with what was said here before.
+        self.outbox = Outbox(self._read, lambda: self._write_soon(0.0), limits.seconds)
+        # Lines of `ps` of processes of which nothing is left, until somebody listens.
+        self._losses: list[dict[str, Any]] = []
+        self._on_lost = self._losses.append
         contents = self._database.contents
+        self.outbox.load(contents.programs, contents.wakes, contents.last_wake)
+        if self._database.number:  # what could be saved is not in the next file
+            self.outbox.rewrite()
         for thread_id, epoch in contents.threads.items():
             self._threads[thread_id] = ThreadJournal(self, thread_id, epoch, known=True)
         for key, at, size in contents.kept:
@@ -128,7 +137,18 @@ class Journal:
         """Nothing is left of a process that was alive, and nobody can know more than `reason`."""
         self.thread(thread_id).lose(process_id, reason)
 
+    def listen(self, on_lost: Callable[[dict[str, Any]], None]) -> None:
+        """Have `on_lost` called with the line of `ps` of each process that was lost by now, or will be."""
+        losses, self._losses = self._losses, []
+        self._on_lost = on_lost
+        for row in losses:
+            on_lost(row)
+
     # What the threads' parts say, and ask.
+
+    def lost(self, row: dict[str, Any]) -> None:
+        """Nothing is left of the process with this line of `ps`, which says why."""
+        self._on_lost(row)
 
     def reached(self, thread_id: str, epoch: int) -> None:
         """A thread has come to this epoch."""
@@ -228,31 +248,43 @@ class Journal:
                 self._begin_anew(error)
         return []
 
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self._database.read(query, values)
+        except Unusable as error:
+            self._begin_anew(error)
+            return []
+
     # Writing.
 
-    def _write_soon(self) -> None:
+    def _write_soon(self, delay: float = WRITE_DELAY) -> None:
         if self._batch:
             return  # its end begins the next
         if len(self._next) >= WRITES_MAX:
             self._write()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(WRITE_DELAY, self._write)
+        elif self._timer is None or not delay:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(delay, self._write)
 
     def _write(self) -> None:
         """Give what there is to the writer."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._batch or not (self._next or self._epochs):
+        if self._batch or not self._is_waiting():
             return
         for change in self._next.values():
             if change.state == "alive":
                 change.row = _look(change)
         epochs, changes = self._epochs, list(self._next.values())
         self._epochs, self._next = {}, {}
-        future = self._writer.submit(self._database.commit, epochs, changes)
+        future = self._writer.submit(self._database.commit, epochs, changes, self.outbox.take())
         self._batch = Batch(future, epochs, changes)
         future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._through, future))
+
+    def _is_waiting(self) -> bool:
+        return bool(self._next or self._epochs or self.outbox.waiting)
 
     def _through(self, future: Future[tuple[list[Change], str]]) -> None:
         """A batch is through: tell whoever wants to know, and begin the next."""
@@ -284,8 +316,9 @@ class Journal:
             then, change.then = change.then, []
             for tell in then:
                 tell(change not in wanting)
-        if self._next or self._epochs:
-            self._write_soon()
+        self.outbox.through(written=not reason)
+        if self._is_waiting():
+            self._write_soon(0.0 if self.outbox.waiting else WRITE_DELAY)
 
     def _note(self, reason: str) -> None:
         """Say once that writing fails, and once that it works again."""
@@ -295,7 +328,7 @@ class Journal:
                     f"journal: cannot be written: {reason}; what ends is kept in memory and written when it can be"
                 )
             self._failure = reason
-        elif self._failure and not self._failed and not self._failed_epochs:
+        elif self._failure and not self._failed and not self._failed_epochs and not self.outbox.failing:
             self._log("journal: everything is written again")
             self._failure = ""
         if self._failure and self._retry is None:
@@ -310,6 +343,7 @@ class Journal:
             self._next[key] = self._failed.pop(key)
         self._epochs = self._failed_epochs | self._epochs
         self._failed_epochs = {}
+        self.outbox.again()
         self._write_soon()
 
     def _shed(self) -> None:
@@ -334,6 +368,7 @@ class Journal:
             if self._database.number != before:
                 return  # the batch has met the same
         self._database.set_aside(error)
+        self.outbox.rewrite()
         for thread in self._threads.values():
             self.reached(thread.thread_id, thread.epoch)
             for process_id in thread.known_ids:
@@ -355,7 +390,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write what there is, now, and wait for it."""
-        while self._batch or self._next or self._epochs:
+        while self._batch or self._is_waiting():
             self._write()
             if self._batch:
                 wait({self._batch.future})
@@ -364,7 +399,7 @@ class Journal:
     def close(self) -> None:
         """Write what there is, also what failed before, and close the file."""
         self.flush()
-        if self._failed or self._failed_epochs:
+        if self._failed or self._failed_epochs or self.outbox.failing:
             self._try_again(len(self._failed))
             self.flush()
         for timer in (self._timer, self._retry):
@@ -452,6 +487,7 @@ class ThreadJournal:
         if row:
             self._lost.add(process_id)
             self._keep("lost", Record.lost({**row, "call_id": call_id}, reason))
+            self._journal.lost(self._journal.rows(self.thread_id, [process_id]).get(process_id, row))
             return
         # The broker that knew it was killed before it could write that down.
         if call_id:

@@ -43,11 +43,11 @@ from ..common.outcome import signal_name
 from ..common.paths import Paths, SocketPath
 from ..common.pump import PUMPS, Pumps
 from . import findings
-from .entries import rfc3339
 from .epochs import Epochs
 from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
+from .records import rfc3339
 from .succession import Inheritance, Succession
 from .threads import ThreadManager
 

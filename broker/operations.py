@@ -50,11 +50,11 @@ from ..common.messages import (
 from ..common.outcome import signal_name
 from ..common.paths import check_process
 from .custody import Holder, State
-from .entries import Entry, Thread, rfc3339
+from .entries import Entry, Thread
 from .lifecycle import Phase
 from .peers import WorkerGone
 from .processes import World
-from .records import Record
+from .records import Record, rfc3339
 from .threads import ThreadManager
 
 # Signals that are meant to end a process, so that its end is the caller's doing.

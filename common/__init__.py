@@ -13,6 +13,7 @@ Read in this order; a module imports only from those above it.
     notify       what keeper, broker and spawner tell each other.
     launch       starting a process of our own; the names that children carry.
     config       the configuration file.
+    program      a thread's program, and what it is woken with.
     messages     every request, notice and reply, as frozen types.
     wire         messages as bytes, with limits; the ZeroMQ sockets.
     response     the result of one tool call, as an object and as text.

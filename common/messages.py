@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .outcome import Outcome
+from .program import Program, WakeCall
 
 # Raised only by a change that is no addition.  Two sides that differ speak the lower of their versions; one older
 # than `OLDEST` is refused, and its processes go to a worker of today.
@@ -220,6 +221,39 @@ class Shutdown(Body, frozen=True, kw_only=True):
     all: bool = False
 
 
+class Start(Body, frozen=True, kw_only=True):
+    """Give a thread a program and wake it; the same `call_id` again does that once."""
+
+    thread: Name
+    program: Program
+    call_id: Text
+
+
+class Stop(Body, frozen=True, kw_only=True):
+    """Take a thread's program away, and what it would have been woken for; its processes run on."""
+
+    thread: Name
+
+
+class ListWakes(Body, frozen=True, kw_only=True):
+    """What threads are to be woken for, and dead letters; `all`: what is over too."""
+
+    thread: Name | None = None
+    all: bool = False
+
+
+class RetryWake(Body, frozen=True, kw_only=True):
+    """Deliver a dead letter once more, or what was not delivered since the agent had read it."""
+
+    number: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class DropWake(Body, frozen=True, kw_only=True):
+    """Do not deliver this."""
+
+    number: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Status(Body, frozen=True, kw_only=True):
     """The broker about itself."""
 
@@ -269,6 +303,26 @@ class Deltas(Body, frozen=True, kw_only=True):
     """Whether anybody listens to output deltas."""
 
     wanted: bool
+
+
+class Load(Body, frozen=True, kw_only=True):
+    """Load this program, and say what is wrong with it."""
+
+    program: Program
+
+
+class Run(Body, frozen=True, kw_only=True):
+    """Run this program with this wake, and answer when it has returned, with its failure, or nothing.
+
+    Asked again for a run that is under way, or was the last, the answer is that one's: a new broker asks again.
+    """
+
+    program: Program
+    wake: WakeCall
+
+
+class CancelRun(Body, frozen=True, kw_only=True):
+    """End the run that is under way."""
 
 
 class Bye(Body, frozen=True, kw_only=True):
@@ -359,6 +413,11 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     Reattach,
     Clean,
     Shutdown,
+    Start,
+    Stop,
+    ListWakes,
+    RetryWake,
+    DropWake,
     Status,
     RecentEvents,
     Upgrade,
@@ -373,6 +432,9 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     TerminateAll,
     Forget,
     Deltas,
+    Load,
+    Run,
+    CancelRun,
     Bye,
 )
 FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Ended, Collected, Orphaned)
@@ -414,7 +476,10 @@ class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `threads`; `failed` says that its worker does not come up, its processes being safe."""
+    """One line of `threads`; `failed` says that its worker does not come up, its processes being safe.
+
+    `program`: as it was given, for people.  `running`: it runs at this moment.  `wakes`: how many are due.
+    """
 
     thread: str
     state: ThreadState
@@ -423,6 +488,9 @@ class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):
     attached: int
     detached: int
     ended: int
+    program: str | None = None
+    running: bool = False
+    wakes: int = 0
 
 
 class DetachedProcessSummary(msgspec.Struct, frozen=True):

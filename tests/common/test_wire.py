@@ -72,6 +72,12 @@ def strategy(field: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.tuples(*map(strategy, items))
         case inspect.UnionType(types=types):
             return st.one_of(*map(strategy, types))
+        case inspect.LiteralType(values=values):
+            return st.sampled_from(values)
+        case inspect.AnyType():
+            return st.none() | raw_text | st.integers(0, 9)
+        case inspect.StructType(cls=wanted, fields=fields):
+            return st.builds(wanted, **{field.name: strategy(field.type) for field in fields})
     raise AssertionError(f"no strategy for {field}")
 
 
