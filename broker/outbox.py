@@ -59,8 +59,8 @@ _STARTS = "SELECT max(generation) FROM wakes WHERE thread = ? AND process = '' A
 # The second clause only where the file could not be read when we looked.
 _PUT = f"""
 INSERT INTO wakes ({_COLUMNS}) VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, CAST(? AS TEXT))
-ON CONFLICT (number) DO UPDATE SET (state, run, failures, failure) =
-    (excluded.state, excluded.run, excluded.failures, excluded.failure)
+ON CONFLICT (number) DO UPDATE SET (state, run, failures, detail, failure) =
+    (excluded.state, excluded.run, excluded.failures, excluded.detail, excluded.failure)
 ON CONFLICT DO NOTHING
 """
 _PUT_PROGRAM = "INSERT OR REPLACE INTO programs VALUES (?, ?)"
@@ -83,8 +83,8 @@ Tell = Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
-class Wake:
-    """One wake; its columns above."""
+class Letter:
+    """One wake as it is written; its columns above."""
 
     number: int
     thread_id: str
@@ -119,7 +119,7 @@ class Wake:
         )
 
 
-def wake_of(columns: tuple[Any, ...]) -> Wake:
+def letter_of(columns: tuple[Any, ...]) -> Letter:
     """Return the wake of a row; raises `ValueError`, `TypeError` when it makes no sense."""
     number, thread_id, process_id, generation, rule, state, run, failures, at, detail, failure = columns
     table = json.loads(detail)
@@ -127,10 +127,10 @@ def wake_of(columns: tuple[Any, ...]) -> Wake:
         raise ValueError(f"detail of wake {number} is no object")
     fate = Fate(State(state), int(failures))
     names = str(thread_id), str(process_id), int(generation), str(rule)
-    return Wake(int(number), *names, float(at), table, fate, int(run), str(failure))
+    return Letter(int(number), *names, float(at), table, fate, int(run), str(failure))
 
 
-def _put(wake: Wake) -> Statement:
+def _put(wake: Letter) -> Statement:
     # What never was new in the file: it is pending from its commit on.
     state = State.PENDING if wake.fate.state is State.NEW else wake.fate.state
     rule, failure = (text.encode("utf-8", "surrogatepass") for text in (wake.rule, wake.failure))
@@ -144,11 +144,12 @@ class Outbox:
 
     def __init__(self, read: Read, write_soon: Callable[[], None], keep_seconds: float) -> None:
         self.programs: dict[str, Program] = {}
-        self.wakes: dict[int, Wake] = {}
+        self.wakes: dict[int, Letter] = {}
         self._read = read
         self._write_soon = write_soon
         self._keep_seconds = keep_seconds
-        self._keys: dict[tuple[str, str, int, str], Wake] = {}
+        self._keys: dict[tuple[str, str, int, str], Letter] = {}
+        self._threads: dict[str, dict[int, Letter]] = {}
         self._last = 0
         self._expire_at = 0
         # What is to be written, and what is being written: the name of a row → whom to tell.
@@ -165,7 +166,7 @@ class Outbox:
                 self.programs[thread_id] = msgspec.convert(table, Program, strict=True, builtin_types=(bytes,))
         for columns in wakes:
             with suppress(ValueError, TypeError):
-                self._remember(wake_of(columns))
+                self._remember(letter_of(columns))
         self._last = max([last, *self.wakes])
 
     @property
@@ -181,16 +182,24 @@ class Outbox:
     # What is said.
 
     def new(
-        self, key: tuple[str, str, int, str], detail: dict[str, Any], tell: Callable[[Wake], None]
-    ) -> Wake | None:
+        self, key: tuple[str, str, int, str], detail: dict[str, Any], tell: Callable[[Letter], None]
+    ) -> Letter | None:
         """Take note of something that came true; `None` when that is known.  `tell`: called once it is written."""
-        if key in self._keys or self._read(_BY_KEY, key):
+        if self.knows(key):
             return None
         self._last += 1
-        wake = Wake(self._last, *key, time.time(), detail)
+        wake = Letter(self._last, *key, time.time(), detail)
         self._remember(wake)
         self.changed(wake, lambda: tell(wake))
         return wake
+
+    def knows(self, key: tuple[str, str, int, str]) -> bool:
+        """Tell whether this came true before."""
+        return key in self._keys or bool(self._read(_BY_KEY, key))
+
+    def of(self, thread_id: str) -> list[Letter]:
+        """Return a thread's wakes that are not over, in their order."""
+        return sorted(self._threads.get(thread_id, {}).values(), key=lambda wake: wake.number)
 
     def starts(self, thread_id: str) -> int:
         """Return how often a thread was started."""
@@ -198,7 +207,7 @@ class Outbox:
         known = [wake.generation for wake in self.wakes.values() if wake.key[:2] == (thread_id, "")]
         return max([*known, *(int(number or 0) for (number,) in written)], default=0)
 
-    def changed(self, wake: Wake, tell: Tell | None = None) -> None:
+    def changed(self, wake: Letter, tell: Tell | None = None) -> None:
         """Write a wake as it is now."""
         self._put(wake.number, tell)
 
@@ -212,33 +221,39 @@ class Outbox:
         self.programs.pop(thread_id, None)
         self._put(thread_id, tell)
 
-    def revive(self, number: int) -> Wake | None:
+    def revive(self, number: int) -> Letter | None:
         """Return a wake by its number, also one that was written and put away."""
         if wake := self.wakes.get(number):
             return wake
         for columns in self._read(_ONE, (number,)):
             with suppress(ValueError, TypeError):
-                wake = wake_of(columns)
+                wake = letter_of(columns)
                 self._remember(wake)
                 return wake
         return None
 
-    def rows(self, thread_id: str | None, *, everything: bool) -> Iterator[Wake]:
+    def rows(self, thread_id: str | None, *, everything: bool) -> Iterator[Letter]:
         """Yield wakes in their order: those that are not over, or all."""
         found = {}
         if everything:
             for columns in reversed(self._read(_LATEST, (thread_id, SHOWN_MAX))):
                 with suppress(ValueError, TypeError):
-                    found[int(columns[0])] = wake_of(columns)
+                    found[int(columns[0])] = letter_of(columns)
         found.update(self.wakes)
         for _, wake in sorted(found.items()):
             shown = everything or wake.fate.is_due or wake.fate.state in (State.NEW, State.DEAD)
             if shown and thread_id in (None, wake.thread_id):
                 yield wake
 
-    def _remember(self, wake: Wake) -> None:
+    def _remember(self, wake: Letter) -> None:
         self.wakes[wake.number] = wake
         self._keys[wake.key] = wake
+        self._threads.setdefault(wake.thread_id, {})[wake.number] = wake
+
+    def _forget(self, wake: Letter) -> None:
+        del self.wakes[wake.number], self._keys[wake.key], self._threads[wake.thread_id][wake.number]
+        if not self._threads[wake.thread_id]:
+            del self._threads[wake.thread_id]
 
     def _put(self, name: str | int, tell: Tell | None = None) -> None:
         self._failed.discard(name)
@@ -278,7 +293,7 @@ class Outbox:
             if not written:
                 self._failed.add(name)
             elif wake and name not in self._next and (wake.fate.is_over or wake.fate.state is State.READ):
-                del self.wakes[wake.number], self._keys[wake.key]
+                self._forget(wake)
         for tells in under_way.values():
             for tell in tells:
                 tell()

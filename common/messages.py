@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .outcome import Outcome
-from .program import Program, WakeCall
+from .program import Program, Wake
 
 # Raised only by a change that is no addition.  Two sides that differ speak the lower of their versions; one older
 # than `OLDEST` is refused, and its processes go to a worker of today.
@@ -318,7 +318,7 @@ class Run(Body, frozen=True, kw_only=True):
     """
 
     program: Program
-    wake: WakeCall
+    wake: Wake
 
 
 class CancelRun(Body, frozen=True, kw_only=True):

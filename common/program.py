@@ -64,8 +64,8 @@ class ProcessSummary(msgspec.Struct, frozen=True, kw_only=True):
     output: str
 
 
-class WakeCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A run: all that came true since the last one.
+class Wake(msgspec.Struct, frozen=True, kw_only=True):
+    """What a program is run with: all that came true since its last run, and what is there.
 
     `reason`: `start` for the first run of a program, else `wake`.  `number`: of the run; the same again when a
     worker died within it, or the program failed; `attempt` counts the failures.

@@ -12,7 +12,7 @@ import pytest
 
 from outlive.broker import outbox as module
 from outlive.broker.journal import Journal
-from outlive.broker.outbox import Wake
+from outlive.broker.outbox import Letter
 from outlive.broker.records import Limits
 from outlive.broker.wakes import Event, Fate, State, after
 from outlive.common.program import Program
@@ -61,9 +61,9 @@ def key(process_id: str = "1000", rule: str = "exit", generation: int = 0) -> tu
     return "t", process_id, generation, rule
 
 
-async def written(journal: Journal, *keys: tuple[str, str, int, str]) -> list[Wake]:
+async def written(journal: Journal, *keys: tuple[str, str, int, str]) -> list[Letter]:
     """Return new wakes once they are written."""
-    told: list[Wake] = []
+    told: list[Letter] = []
     for one in keys:
         assert journal.outbox.new(one, EXITED, told.append)
     while len(told) < len(keys):
@@ -71,7 +71,7 @@ async def written(journal: Journal, *keys: tuple[str, str, int, str]) -> list[Wa
     return told
 
 
-def become(journal: Journal, wake: Wake, *events: Event) -> None:
+def become(journal: Journal, wake: Letter, *events: Event) -> None:
     for event in events:
         wake.fate = after(wake.fate, event)
     journal.outbox.changed(wake)
