@@ -28,7 +28,7 @@ from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
 from ..common.held import Held
 from ..common.launch import MARK
-from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Orphaned
+from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Matched, Orphaned
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
@@ -108,7 +108,9 @@ class Processes(ABC):
         self._world = world
         self._paths = paths
         self._config = config
-        self.store = DetachedStore(pumps, pump, on_ended=self._held_ended)
+        self.store = DetachedStore(
+            pumps, pump, on_ended=self._held_ended, on_found=lambda held: self.watches.look(held.key)
+        )
         self.threads: dict[str, Thread] = {}
         # How many descriptors of processes are held.
         self.descriptors = 0
@@ -209,6 +211,8 @@ class Processes(ABC):
                 offset=notice.offset,
                 chunk=notice.chunk,
             )
+        elif isinstance(notice, Matched):
+            self.watches.look(entry.key)
         elif isinstance(notice, Ended):
             self.move(entry, Event.ENDED, notice)
             self._expire_ended(thread)

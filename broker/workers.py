@@ -128,6 +128,7 @@ class Workers(Processes):
         thread.expected = False
         thread.hung_up = 0
         for entry in list(thread.entries.values()):
+            self.watches.look(entry.key)  # what was found while no broker was there to be told
             if entry.key[1] in process_ids:
                 if entry.custody.holder is Holder.BROKER and entry.key not in self.store:
                     entry.epoch = peer.epoch

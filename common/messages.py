@@ -275,14 +275,35 @@ class Down(Body, frozen=True, kw_only=True):
 # Bodies that only the broker sends to a worker.
 
 
+class AddedRule(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that was set after its process had started, as whoever pumps that needs it.
+
+    `number`: of the rule, in the header.  `slot`: for what is found.  `since`: the offset to look from.
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=(1 << 32) - 1)]
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=8)]
+    rule: RuleText
+    since: Offset = 0
+
+
+class LookFor(Body, frozen=True, kw_only=True):
+    """The rules that were added to a process, all of them: look for these."""
+
+    process_id: Name
+    rules: list[AddedRule]
+
+
 class Import(Body, frozen=True, kw_only=True):
     """Take over the processes in these parcels, which were sent before on the channel.
 
-    `streams`: process id → (next delta's number, offset), where a stream of deltas goes on.
+    `streams`: process id → (next delta's number, offset), where a stream of deltas goes on.  `rules`: process id →
+    what was added to those it was started with.
     """
 
     tickets: list[Text]
     streams: dict[str, tuple[int, int]] = {}
+    rules: dict[str, list[AddedRule]] = {}
 
 
 class Export(Body, frozen=True, kw_only=True):
@@ -386,6 +407,12 @@ class Ended(Body, frozen=True, kw_only=True):
     announce: bool = True
 
 
+class Matched(Body, frozen=True, kw_only=True):
+    """Something was found in a process's output; what, is in its header."""
+
+    process_id: Text
+
+
 class Orphaned(Body, frozen=True, kw_only=True):
     """The spawner died while it was starting this process; what became of it is in the deposit."""
 
@@ -427,6 +454,7 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     ExecCommand,
     WriteStdin,
     ReadOutput,
+    LookFor,
     Import,
     Export,
     TerminateAll,
@@ -437,7 +465,7 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     CancelRun,
     Bye,
 )
-FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Ended, Collected, Orphaned)
+FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Matched, Ended, Collected, Orphaned)
 
 
 def op_of(body: type[Body]) -> str:

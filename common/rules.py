@@ -247,13 +247,12 @@ def compiled(pattern: str) -> re2._Regexp:
         ) from None
 
 
-def window(scanned: int) -> tuple[int, int]:
-    """Return how to go on where all before `scanned` has been searched: where the window begins, and `start`.
+def window(scanned: int) -> int:
+    """Return where the next window begins, when everything before `scanned` has been searched.
 
-    A match that ends there may have been undecided, and `start` looks at one byte before it.
+    A match that ends at the border may have been undecided; one byte more tells what goes before it.
     """
-    first = max(0, scanned - MATCH_MAX)
-    return max(0, first - 1), min(first, 1)
+    return max(0, scanned - MATCH_MAX - 1)
 
 
 def search(pattern: str, window: bytes, start: int, *, final: bool) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +37,12 @@ from ..common.errors import (
 )
 from ..common.held import Held, exec_yield, write_yield
 from ..common.messages import (
+    AddedRule,
     Begin,
     Body,
     Collected,
     ExecCommand,
+    Matched,
     Output,
     ReadOutput,
     WriteStdin,
@@ -255,11 +257,15 @@ class ProcessManager:
         return exported
 
     def import_processes(
-        self, parcel: dict[tuple[str, str], Handles], streams: dict[str, tuple[int, int]] | None = None
+        self,
+        parcel: dict[tuple[str, str], Handles],
+        streams: dict[str, tuple[int, int]] | None = None,
+        added: dict[str, list[AddedRule]] | None = None,
     ) -> list[str]:
         """Take processes over and pump them; return the ids that were refused, their handles closed.
 
-        On a collision the attached process wins, and the detached one stays the broker's.
+        `streams`, `added`: as in the message, `added` being its `rules`.  On a collision the attached process wins,
+        and the detached one stays the broker's.
         """
         refused = []
         for (thread_id, process_id), handles in parcel.items():
@@ -272,7 +278,7 @@ class ProcessManager:
                 if held.key != (thread_id, process_id):
                     raise PeerError(f"parcel calls {held.key} {(thread_id, process_id)}")
                 seq, offset = (streams or {}).get(process_id, (0, None))
-                self._adopt(held, seq, offset)
+                self._adopt(held, seq, offset, added=(added or {}).get(process_id, ()))
             except (HandoffError, PeerError, OSError):
                 handles.close()
                 refused.append(process_id)
@@ -434,9 +440,17 @@ class ProcessManager:
             self._pump,
             on_ended=self._ended,
             on_output=self._output,
+            on_found=lambda held: self._send(Matched(process_id=held.process_id)),
         )
 
-    def _adopt(self, held: Held, seq: int, offset: int | None, call_id: str | None = None) -> None:
+    def _adopt(
+        self,
+        held: Held,
+        seq: int,
+        offset: int | None,
+        call_id: str | None = None,
+        added: Sequence[AddedRule] = (),
+    ) -> None:
         facts = held.transcript.facts
         if self._deltas and offset is None:
             offset = held.pump.written
@@ -451,7 +465,7 @@ class ProcessManager:
             pid = held.transcript.live().pid
             self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))
         try:
-            held.begin(self._lease)
+            held.begin(self._lease, added)
         except BaseException:
             del self._processes[held.process_id]
             self._calls.pop(facts.call_id, None)

@@ -59,6 +59,7 @@ class Session:
             messages.ExecCommand: self.manager.exec_command,
             messages.WriteStdin: self.manager.write_stdin,
             messages.ReadOutput: self.manager.read_output,
+            messages.LookFor: self._look_for,
             messages.Import: self._import,
             messages.Export: self._export,
             messages.TerminateAll: self._terminate_all,
@@ -117,8 +118,11 @@ class Session:
 
     async def _import(self, body: messages.Import) -> Any:
         parcel = self._link.claim(body.tickets)
-        refused = self.manager.import_processes(parcel, body.streams)
+        refused = self.manager.import_processes(parcel, body.streams, body.rules)
         return ReattachSummary.of(len(parcel) - len(refused), refused)
+
+    async def _look_for(self, body: messages.LookFor) -> None:
+        self.manager.held(body.process_id).look_for(body.rules)
 
     async def _export(self, body: messages.Export) -> list[str]:
         return await self.manager.export_processes()

@@ -102,8 +102,8 @@ def streamed(pattern: str, pieces: list[bytes]) -> bool:
     text, scanned = b"", 0
     for piece in [*pieces, None]:
         text += piece or b""
-        begin, start = rules.window(scanned)
-        if rules.search(pattern, text[begin:], start, final=piece is None):
+        begin = rules.window(scanned)
+        if rules.search(pattern, text[begin:], 1 if begin else 0, final=piece is None):
             return True
         scanned = len(text)
     return False
