@@ -146,10 +146,10 @@ class Contents:
     threads: dict[str, int] = field(default_factory=dict)
     kept: list[tuple[Key, float, int]] = field(default_factory=list)
     living: dict[Key, str] = field(default_factory=dict)
-    # Rows as they are, and the last number of a wake: `outbox` understands them.
+    # Rows as they are, and the last numbers of a wake and a run: `outbox` understands them.
     programs: list[Any] = field(default_factory=list)
     wakes: list[Any] = field(default_factory=list)
-    last_wake: int = 0
+    last: tuple[int, int] = (0, 0)
 
 
 class Unusable(Exception):
@@ -511,7 +511,8 @@ def _contents(reader: sqlite3.Connection) -> Contents:
             contents.living[thread_id, str(number)] = boot_id
     contents.programs = reader.execute(PROGRAMS).fetchall()
     contents.wakes = reader.execute(DUE).fetchall()
-    contents.last_wake = int(reader.execute(LAST).fetchone()[0] or 0)
+    number, run = reader.execute(LAST).fetchone()
+    contents.last = int(number or 0), int(run or 0)
     return contents
 
 

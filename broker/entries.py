@@ -122,6 +122,7 @@ class Entry(Changing):
             bytes_written=transcript.written,
             bytes_delivered=live.delivered,
             outcome=live.outcome.to_wire() if live.outcome and ended else None,
+            wake_on=list(facts.wake_on),
         )
 
 

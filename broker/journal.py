@@ -98,7 +98,7 @@ class Journal:
         self._losses: list[dict[str, Any]] = []
         self._on_lost = self._losses.append
         contents = self._database.contents
-        self.outbox.load(contents.programs, contents.wakes, contents.last_wake)
+        self.outbox.load(contents.programs, contents.wakes, contents.last)
         if self._database.number:  # what could be saved is not in the next file
             self.outbox.rewrite()
         for thread_id, epoch in contents.threads.items():
@@ -477,6 +477,19 @@ class ThreadJournal:
     def keep(self, row: dict[str, Any], transcript: Transcript) -> None:
         """Keep the record of a process that has gone; the oldest make room."""
         self._keep("ended", Record.of(row, transcript))
+
+    @property
+    def lost_ids(self) -> Collection[str]:
+        """The ids of processes that are lost, until that expires."""
+        self._load()
+        return self._lost
+
+    def rows_of(self, process_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the lines of `ps` of some processes, as far as they are recorded."""
+        found: dict[str, dict[str, Any]] = {}
+        for at in range(0, len(process_ids), ROWS_AT_ONCE):
+            found |= self._journal.rows(self.thread_id, process_ids[at : at + ROWS_AT_ONCE])
+        return found
 
     def lose(self, process_id: str, reason: str) -> None:
         """Nothing is left of a process that was alive."""

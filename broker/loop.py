@@ -12,6 +12,7 @@ map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 333
     detached, reattached
     worker                  what: up, with epoch and pid; died, with epoch and how
     broker                  what: up, down, replaced; pid
+    wake                    what: pending, delivered, done, failed, dead, read, dropped; number, rule; failure
 
 Always true
     A worker's channel is read before its frame is acted on: what it deposited first is known first.
@@ -43,6 +44,7 @@ from ..common.outcome import signal_name
 from ..common.paths import Paths, SocketPath
 from ..common.pump import PUMPS, Pumps
 from . import findings
+from .delivery import Delivery
 from .epochs import Epochs
 from .keeping import Keeping
 from .operations import Operations
@@ -95,7 +97,8 @@ class Broker:
         self.deltas_wanted = False
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
-        self._operations = Operations(self, self.threads, mode, self._stopping.set)
+        self.delivery = Delivery(self, self.threads, config)
+        self._operations = Operations(self, self.threads, self.delivery, mode, self._stopping.set)
         self._keeping = Keeping(
             inheritance.line, on_found=self._found, on_orphan=self.threads.orphan_ended, on_lost=self._keeper_lost
         )
@@ -119,6 +122,7 @@ class Broker:
         self.publish("broker", "", what="up", pid=os.getpid())
         self._keeping.ready()
         on_ready()
+        self.delivery.begin()
         await self._stopping.wait()
         if self._successor is None:
             self._keeping.stopping()
@@ -163,6 +167,7 @@ class Broker:
             os.close(pidfd)
         self._control.close()
         self._events.close()
+        self.delivery.close()
         handles = self.threads.relinquish()
         self._pumps.close()
         await asyncio.sleep(_LAST_WORDS)  # what is on the disk now, the keeper need not keep

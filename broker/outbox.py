@@ -8,7 +8,7 @@
                 generation  how often that rule has been set before; of `start`, how often the thread was started
                 rule        its text, or `start`
                 state       see `wakes.State`; what is `new` is not written
-                run         the run that it is part of: the number of the first wake in it; 0: none yet
+                run         the number of the last run that it was part of; 0: none yet
                 failures    of the program with it
                 at          seconds since 1970: when it came true
                 detail      JSON: outcome, or text and offset of the match
@@ -51,11 +51,10 @@ CREATE INDEX due ON wakes (number) WHERE state IN ('pending', 'delivered', 'dead
 _COLUMNS = "number, thread, process, generation, rule, state, run, failures, at, detail, failure"
 PROGRAMS = "SELECT thread, program FROM programs"
 DUE = f"SELECT {_COLUMNS} FROM wakes WHERE state IN ('pending', 'delivered', 'dead') ORDER BY number"
-LAST = "SELECT max(number) FROM wakes"
+LAST = "SELECT max(number), max(run) FROM wakes"
 _LATEST = f"SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) ORDER BY number DESC LIMIT ?"
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
-_STARTS = "SELECT max(generation) FROM wakes WHERE thread = ? AND process = '' AND rule = 'start'"
 # The second clause only where the file could not be read when we looked.
 _PUT = f"""
 INSERT INTO wakes ({_COLUMNS}) VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, CAST(? AS TEXT))
@@ -108,7 +107,7 @@ class Letter:
             number=self.number,
             thread=self.thread_id,
             process_id=self.process_id or None,
-            rule=self.rule,
+            rule=self.rule if self.process_id else self.rule.partition(" ")[0],
             state=self.fate.state.value,
             failures=self.fate.failures,
             failure=self.failure or None,
@@ -151,6 +150,7 @@ class Outbox:
         self._keys: dict[tuple[str, str, int, str], Letter] = {}
         self._threads: dict[str, dict[int, Letter]] = {}
         self._last = 0
+        self._last_run = 0
         self._expire_at = 0
         # What is to be written, and what is being written: the name of a row → whom to tell.
         self._next: dict[str | int, list[Tell]] = {}
@@ -158,7 +158,7 @@ class Outbox:
         # What could not be written, and is tried again.
         self._failed: set[str | int] = set()
 
-    def load(self, programs: list[Any], wakes: list[Any], last: int) -> None:
+    def load(self, programs: list[Any], wakes: list[Any], last: tuple[int, int]) -> None:
         """Take over what the file says."""
         for thread_id, raw in programs:
             with suppress(ValueError, TypeError, msgspec.ValidationError, msgpack.UnpackException):
@@ -167,7 +167,8 @@ class Outbox:
         for columns in wakes:
             with suppress(ValueError, TypeError):
                 self._remember(letter_of(columns))
-        self._last = max([last, *self.wakes])
+        self._last = max([last[0], *self.wakes])
+        self._last_run = max([last[1], *(wake.run for wake in self.wakes.values())])
 
     @property
     def waiting(self) -> bool:
@@ -201,15 +202,14 @@ class Outbox:
         """Return a thread's wakes that are not over, in their order."""
         return sorted(self._threads.get(thread_id, {}).values(), key=lambda wake: wake.number)
 
-    def starts(self, thread_id: str) -> int:
-        """Return how often a thread was started."""
-        written = self._read(_STARTS, (thread_id,))
-        known = [wake.generation for wake in self.wakes.values() if wake.key[:2] == (thread_id, "")]
-        return max([*known, *(int(number or 0) for (number,) in written)], default=0)
-
     def changed(self, wake: Letter, tell: Tell | None = None) -> None:
         """Write a wake as it is now."""
         self._put(wake.number, tell)
+
+    def new_run(self) -> int:
+        """Return a number for a run."""
+        self._last_run += 1
+        return self._last_run
 
     def start(self, thread_id: str, program: Program) -> None:
         """Give a thread a program."""

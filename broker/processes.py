@@ -15,7 +15,7 @@ import os
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ from .findings import EVENTS, VERDICTS, Leaseholder, Verdict
 from .journal import Journal
 from .lifecycle import Phase
 from .peers import Peer
-from .records import Limits, Record
+from .records import Key, Limits, Record
 from .watches import Match, Watches
 
 # Threads at most: each has a worker when awake.
@@ -116,6 +116,9 @@ class Processes(ABC):
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm = Alarm(lambda: self.watches.alarm())
+        # What `delivery` hears: a rule came true; the agent was told of an end.
+        self.on_match: Callable[[Key, Rule, Match], None] = lambda key, rule, match: None
+        self.on_read: Callable[[Key], None] = lambda key: None
         self.watches = Watches(self.came_true, set_alarm=self._alarm.set, listening=listening)
         # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
         self._orphans: dict[int, list[tuple[int, int]]] = {}
@@ -133,6 +136,7 @@ class Processes(ABC):
 
     def came_true(self, key: tuple[str, str], rule: Rule, match: Match) -> None:
         """A rule of a process has come true, or with `Exit` it has ended while one was open."""
+        self.on_match(key, rule, match)
         if entry := self.threads[key[0]].entries.get(key[1]):
             entry.tell()
 
@@ -217,6 +221,9 @@ class Processes(ABC):
             self.move(entry, Event.ENDED, notice)
             self._expire_ended(thread)
         elif isinstance(notice, Collected):
+            outcome = entry.outcome
+            if outcome and outcome.by in (None, "caller"):  # else the worker let it go without an answer
+                self.on_read(entry.key)
             self.move(entry, Event.COLLECTED)
         elif isinstance(notice, Orphaned):
             self.orphaned(thread.thread_id, process_id)

@@ -42,10 +42,12 @@ from .messages import (
     Detach,
     DetachedProcessSummary,
     Down,
+    DropWake,
     ExecCommand,
     Kill,
     ListProcesses,
     ListThreads,
+    ListWakes,
     Output,
     ProcessRow,
     ReadOutput,
@@ -54,8 +56,11 @@ from .messages import (
     RecentEvents,
     Resize,
     Resume,
+    RetryWake,
     Shutdown,
+    Start,
     Status,
+    Stop,
     ThreadRow,
     Upgrade,
     Wait,
@@ -64,6 +69,7 @@ from .messages import (
 )
 from .outcome import Outcome, signal_number
 from .paths import Paths, SocketPath
+from .program import Program, WakeRow
 from .response import Response
 
 # Seconds beyond its own waiting that a call may take: a worker may have to be started first.
@@ -123,6 +129,21 @@ class Host:
     async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
         """Return the live processes of all threads; `ended`: the ended ones too, until they expire."""
         return await self.call(ListProcesses(ended=ended), list[ProcessRow])
+
+    async def wakes(self, *, all: bool = False) -> list[WakeRow]:
+        """Return what threads are to be woken for, and dead letters, oldest first; `all`: what is over too."""
+        return await self.call(ListWakes(all=all), list[WakeRow])
+
+    async def retry_wake(self, number: int) -> WakeRow:
+        """Have a dead letter delivered once more, or what was not since the agent had read it; return it.
+
+        Raises `BadRequest` for one that is not known, or in a state where that makes no sense.
+        """
+        return await self.call(RetryWake(number=number), WakeRow)
+
+    async def drop_wake(self, number: int) -> WakeRow:
+        """Have a wake not delivered, whatever becomes of it; return it.  Raises `BadRequest` as above."""
+        return await self.call(DropWake(number=number), WakeRow)
 
     async def status(self) -> dict[str, Any]:
         """Return what the broker says about itself: version, pid, how many threads and processes, pump."""
@@ -487,6 +508,46 @@ class Thread:
         """
         body = Resize(thread=self.thread_id, process_id=process_id, columns=columns, rows=rows)
         return await self.host.call(body, dict[str, Any])
+
+    async def start(
+        self,
+        program: str | Sequence[str | bytes],
+        *,
+        workdir: str | os.PathLike[str] | None = None,
+        even_read: bool = False,
+    ) -> ThreadRow:
+        """Give the thread a program and wake it; its former program, if it has one, makes room.
+
+        `program`: text is a function, `MODULE:FUNCTION` or `FILE.py:FUNCTION`, called with a `Session` and a
+        `Wake`; a list is a command.  `workdir`: where it is looked for and runs; default: the caller's directory.
+        `even_read`: wake it also for ends that the agent has learned by itself.
+        Returns once the program is loaded and written down.  Raises `BadRequest`, saying what is wrong with it, or
+        that the former one runs at this moment.
+        """
+        here = os.getcwd()
+        body = Start(
+            thread=self.thread_id,
+            program=Program(
+                function=program if isinstance(program, str) else "",
+                argv=[] if isinstance(program, str) else [os.fsencode(word) for word in program],
+                workdir=os.fsencode(os.path.join(here, workdir) if workdir is not None else here),
+                path=os.environb.get(b"PATH", os.fsencode(os.defpath)),
+                even_read=even_read,
+            ),
+            call_id=secrets.token_hex(8),
+        )
+        return await self.host.call(body, ThreadRow, 2 * MARGIN)
+
+    async def stop(self) -> ThreadRow:
+        """Take the thread's program away, and what it would have been woken for; its processes run on.
+
+        One that runs is ended.  Without a program nothing happens.
+        """
+        return await self.host.call(Stop(thread=self.thread_id), ThreadRow)
+
+    async def wakes(self, *, all: bool = False) -> list[WakeRow]:
+        """Return what the thread is to be woken for, and its dead letters; `all`: what is over too."""
+        return await self.host.call(ListWakes(thread=self.thread_id, all=all), list[WakeRow])
 
     async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
         """Hand the thread's processes to the broker; answers when its worker has gone to bed, unless `keep_worker`.

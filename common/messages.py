@@ -242,6 +242,12 @@ class ListWakes(Body, frozen=True, kw_only=True):
     all: bool = False
 
 
+class Inventory(Body, frozen=True, kw_only=True):
+    """What a thread has: processes that live, that ended and were not read to their end, or are lost."""
+
+    thread: Name
+
+
 class RetryWake(Body, frozen=True, kw_only=True):
     """Deliver a dead letter once more, or what was not delivered since the agent had read it."""
 
@@ -443,6 +449,7 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     Start,
     Stop,
     ListWakes,
+    Inventory,
     RetryWake,
     DropWake,
     Status,
@@ -486,7 +493,10 @@ ThreadState = Literal["awake", "asleep", "failed"]
 
 
 class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream."""
+    """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream.
+
+    `wake_on`: the texts of the wake rules that it was started with.
+    """
 
     thread: str
     process_id: str
@@ -501,6 +511,7 @@ class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes_written: int
     bytes_delivered: int
     outcome: dict[str, Any] | None
+    wake_on: list[str] = []
 
 
 class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,13 +67,15 @@ class ProcessSummary(msgspec.Struct, frozen=True, kw_only=True):
 class Wake(msgspec.Struct, frozen=True, kw_only=True):
     """What a program is run with: all that came true since its last run, and what is there.
 
-    `reason`: `start` for the first run of a program, else `wake`.  `number`: of the run; the same again when a
-    worker died within it, or the program failed; `attempt` counts the failures.
+    `reason`: `start` for the first run of a program, else `wake`.  `number`: of its first match; the same again
+    when the program failed, which `attempt` counts, or its worker died.  `run`: another one for each, except that a
+    run whose worker died is the same again.
     """
 
     thread: str
     reason: Literal["start", "wake"]
     number: int
+    run: int
     attempt: int
     matches: list[WakeMatch]
     processes: list[ProcessSummary]

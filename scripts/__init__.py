@@ -11,6 +11,7 @@ Read in this order; each program stands after what it is made of.
     views        the commands that look, and change nothing.
     orders       the commands that change something.
     cli          `outlive`, the command line.
+    examples/    agents to start from.
 
     home         an OUTLIVE_HOME for one run of the next three programs, emptied and removed at its end.
     demo         the main job on real input, told as a story; checks each of its claims.

@@ -10,7 +10,7 @@ Always true
     rendering   how results leave.
     frame       what all commands share.
     tools       exec, write.
-    views       what only looks: status, doctor, ps, threads, logs, wait, events.
+    views       what only looks: status, doctor, ps, threads, wakes, logs, wait, events.
     orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
     doctor/     the checks of `outlive doctor`.
 """
@@ -56,11 +56,14 @@ for _command in (
     tools.write_,
     views.ps,
     views.threads,
+    views.wakes,
     views.logs,
     views.wait,
     orders.kill,
     orders.resize,
     views.events,
+    orders.start,
+    orders.stop,
     orders.detach,
     orders.resume,
     orders.reattach,

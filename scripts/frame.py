@@ -149,12 +149,25 @@ def thread_of(host: Host, thread_id: str) -> Thread:
     return Thread(host, thread_id)
 
 
-_THREAD_COLUMNS = ("THREAD", "STATE", "WORKER", "EPOCH", "ATTACHED", "DETACHED", "ENDED")
+_THREAD_COLUMNS = ("THREAD", "STATE", "WORKER", "EPOCH", "ATTACHED", "DETACHED", "ENDED", "WAKES", "PROGRAM")
 
 
 def thread_table(rows: Sequence[ThreadRow]) -> None:
     table(
         _THREAD_COLUMNS,
-        [(r.thread, r.state, r.worker_pid, r.epoch, r.attached, r.detached, r.ended) for r in rows],
-        numbers=_THREAD_COLUMNS[2:],
+        [
+            (
+                row.thread,
+                "running" if row.running else row.state,
+                row.worker_pid,
+                row.epoch,
+                row.attached,
+                row.detached,
+                row.ended,
+                row.wakes,
+                row.program,
+            )
+            for row in rows
+        ],
+        numbers=_THREAD_COLUMNS[2:-1],
     )

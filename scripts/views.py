@@ -1,4 +1,4 @@
-"""The commands that look, and change nothing: status, doctor, ps, threads, logs, wait, events."""
+"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, wait, events."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import ThreadName
+from .arguments import ThreadName, WakeNumber
 from .frame import (
     FAILED,
     LOST,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..common.client import Host
     from ..common.messages import Output, ProcessRow
     from ..common.outcome import Outcome
+    from ..common.program import WakeRow
 
 
 @command()
@@ -128,11 +129,63 @@ def _brief(outcome: dict[str, Any] | None) -> str | None:
 def threads(as_json: bool) -> None:
     """List threads, and whether they are awake.
 
+    Also the program of each, and for how much it is still to be woken.
+
     \b
     Example: outlive threads
     """
     rows = with_host(lambda host: host.threads())
     show(rows, True, "") if as_json else thread_table(rows)
+
+
+@command()
+@click.option("-t", "--thread", type=ThreadName(), metavar="THREAD", help="Only this thread's.")
+@click.option("--all", "everything", is_flag=True, help="Also what is over.")
+@click.option("--retry", type=WakeNumber(), metavar="NUMBER", help="Deliver a dead letter once more.")
+@click.option("--drop", type=WakeNumber(), metavar="NUMBER", help="Do not deliver a wake.")
+def wakes(thread: str | None, everything: bool, retry: int | None, drop: int | None, as_json: bool) -> None:
+    """List what threads are to be woken for, and what could not be delivered.
+
+    A wake is pending until its thread's program has returned. One with which the program has failed five times is
+    dead: repair the program, and --retry the wake, or --drop it. What the agent had read by itself is not
+    delivered; --retry does that, too.
+
+    \b
+    Examples: outlive wakes -t build --all
+              outlive wakes --retry 17
+    """
+    if retry is not None and drop is not None:
+        raise click.UsageError("--retry and --drop exclude each other")
+
+    async def work(host: Host) -> list[WakeRow]:
+        if retry is not None:
+            return [await host.retry_wake(retry)]
+        if drop is not None:
+            return [await host.drop_wake(drop)]
+        return await (thread_of(host, thread) if thread else host).wakes(all=everything)
+
+    rows = with_host(work)
+    if as_json:
+        show(rows if retry is None and drop is None else rows[0], True, "")
+        return
+    table(
+        ("NUMBER", "THREAD", "PROCESS", "RULE", "STATE", "FAILED", "SINCE", "OUTCOME", "FAILURE"),
+        [
+            (
+                row.number,
+                row.thread,
+                row.process_id,
+                row.rule,
+                row.state,
+                row.failures,
+                row.at[:19] + "Z",
+                _brief(row.outcome),
+                row.failure,
+            )
+            for row in rows
+        ],
+        numbers=("NUMBER", "FAILED"),
+    )
 
 
 @command()
@@ -328,7 +381,8 @@ def wait(thread: str | None, processes: Sequence[Process], timeout: float | None
 def events(follow: bool, deltas: bool, as_json: bool) -> None:
     """Show what has happened lately.
 
-    Processes that began, ended, were detached or reattached; workers and brokers that came and went.
+    Processes that began, ended, were detached or reattached; wakes and what became of them; workers and brokers
+    that came and went.
 
     \b
     Example: outlive events -f --json
