@@ -8,6 +8,7 @@ Read in this order; a module imports only from those above it, and from `common`
     wakes        what becomes of a wake, and when a thread's program is run.  Decides; does nothing.
     outbox       programs and wakes, as they are written.
     database     the journal's file, whatever is wrong with it.
+    rulebook     the rules that were added to processes after their start; a part of the journal.
     journal      what must survive a reboot: threads, the ids they used, what became of them.
     findings     what a broker that starts makes of what it finds.  Decides; only looks.
     epochs       which workers and spawners live, also those of a former broker.
@@ -23,7 +24,8 @@ Read in this order; a module imports only from those above it, and from `common`
     inventory    what a resumed agent finds of its processes.
     delivery     what came true is written down, and then the thread's program is run.
     succession   one broker takes over from another that lives.
-    operations   what each client request does.
+    watching     `watch` and `wait`: rules that are set on processes which have started.
+    operations   what each other client request does.
     loop         the sockets, the signals, the workers' pidfds; events as they go out.
     __main__     limits, signals that are ignored, the lock that keeps a second broker out; serving again when a
                  successor does not come up.

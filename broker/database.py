@@ -17,11 +17,12 @@
     outputs     number          of the process
                 data            the kept ranges, one after the other
     programs, wakes             see `outbox`
+    watches                     see `rulebook`
 
 Always true
     The file is private (0600), and so are -wal and -shm beside it.  One broker at a time writes: it has the state
     folder locked, so that one with another runtime folder does not call our processes lost.
-    A database of version 1, which had no programs and no wakes, gets the tables for them.
+    A database of version 1, which had no programs, wakes and watches, gets the tables for them.
     A database that is damaged, newer, or not ours is renamed, never deleted; whatever ids can be read in it are
     taken over, so that they are not given out again.
     Write-ahead log and synchronous=NORMAL: a commit is written, not flushed.  `kill -9` of the broker loses nothing
@@ -52,12 +53,15 @@ import msgspec
 from ..common.errors import BadRequest
 from ..common.messages import ProcessRow, outcome_from_wire
 from ..common.paths import check_thread
-from .outbox import DUE, LAST, PROGRAMS, SCHEMA, Statement
+from . import outbox, rulebook
+from .outbox import DUE, LAST, PROGRAMS, Statement
 from .records import Key, Record
+from .rulebook import WATCHES
 
 VERSION = 2
 _APPLICATION = 0x6F75_746C  # "outl", as `file` shows it
 
+_ADDED = outbox.SCHEMA + rulebook.SCHEMA
 _SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {VERSION};
@@ -70,8 +74,8 @@ CREATE TABLE processes (
 CREATE TABLE outputs (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE INDEX living ON processes (thread, id, boot_id) WHERE state = 'alive';
 CREATE INDEX kept ON processes (archived_at, thread, id, size) WHERE archived_at IS NOT NULL;
-{SCHEMA}"""
-_FROM_VERSION_1 = f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"
+{_ADDED}"""
+_FROM_VERSION_1 = f"BEGIN IMMEDIATE; {_ADDED} PRAGMA user_version = {VERSION}; COMMIT;"
 _PUT = """
 INSERT INTO processes
     (thread, id, state, call_id, boot_id, pid, born_at, row, outcome, archived_at, written, ranges, size)
@@ -146,9 +150,10 @@ class Contents:
     threads: dict[str, int] = field(default_factory=dict)
     kept: list[tuple[Key, float, int]] = field(default_factory=list)
     living: dict[Key, str] = field(default_factory=dict)
-    # Rows as they are, and the last numbers of a wake and a run: `outbox` understands them.
+    # Rows as they are, and the last numbers of a wake and a run: `outbox` and `rulebook` understand them.
     programs: list[Any] = field(default_factory=list)
     wakes: list[Any] = field(default_factory=list)
+    watches: list[Any] = field(default_factory=list)
     last: tuple[int, int] = (0, 0)
 
 
@@ -285,7 +290,7 @@ class Database:
             return
         saved = self._salvage()
         self._disconnect()
-        self.contents = Contents(programs=saved[2], wakes=saved[3])
+        self.contents = Contents(programs=saved[2], wakes=saved[3], watches=saved[4])
         due = self.contents
         aside = _unused(self._path, error.why)
         try:
@@ -294,6 +299,7 @@ class Database:
                     os.rename(f"{self._path}{ending}", f"{aside}{ending}")
             self._open()
             self.contents.programs, self.contents.wakes = due.programs, due.wakes
+            self.contents.watches = due.watches
             self._take_over(*saved[:2])
             self._complain(
                 f"{self._path} {error}; it is now {aside.name}, and what had ended before is not known here"
@@ -303,17 +309,20 @@ class Database:
             self._complete = not self._path.exists()
             self._complain(f"{self._path} {error}; in its place: {_said(another)}; {_MEMORY_ONLY}")
 
-    def _salvage(self) -> tuple[dict[str, int], dict[Key, str | None], list[Any], list[Any]]:
-        """Return threads with their epochs, ids with their calls, programs, wakes: as many as can be read."""
+    def _salvage(self) -> tuple[dict[str, int], dict[Key, str | None], list[Any], list[Any], list[Any]]:
+        """Return threads with their epochs, ids with their calls, programs, wakes, watches: what can be read."""
         threads: dict[str, int] = {}
         ids: dict[Key, str | None] = {}
         programs: list[Any] = []
         wakes: list[Any] = []
+        watches: list[Any] = []
         with suppress(*_ERRORS), closing(_connect(self._path, 0.0)) as connection:
             with suppress(*_ERRORS):
                 programs += (row for row in connection.execute(PROGRAMS) if _is_name(row[0]))
             with suppress(*_ERRORS):
                 wakes += (row for row in connection.execute(DUE) if _is_name(row[1]))
+            with suppress(*_ERRORS):
+                watches += (row for row in connection.execute(WATCHES) if _is_name(row[0]))
             with suppress(*_ERRORS):
                 for name, epoch in connection.execute("SELECT name, epoch FROM threads"):
                     if _is_name(name) and isinstance(epoch, int):
@@ -325,7 +334,7 @@ class Database:
                         if _is_name(name) and _is_id(number):
                             threads.setdefault(name, 0)
                             ids.setdefault((name, str(number)), call_id if isinstance(call_id, str) else None)
-        return threads, ids, programs, wakes
+        return threads, ids, programs, wakes, watches
 
     def _take_over(self, threads: dict[str, int], ids: dict[Key, str | None]) -> None:
         self._write(threads, [Change(key, "expired", call_id) for key, call_id in ids.items()])
@@ -511,6 +520,7 @@ def _contents(reader: sqlite3.Connection) -> Contents:
             contents.living[thread_id, str(number)] = boot_id
     contents.programs = reader.execute(PROGRAMS).fetchall()
     contents.wakes = reader.execute(DUE).fetchall()
+    contents.watches = reader.execute(WATCHES).fetchall()
     number, run = reader.execute(LAST).fetchone()
     contents.last = int(number or 0), int(run or 0)
     return contents

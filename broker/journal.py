@@ -34,6 +34,7 @@ from ..common.transcript import Transcript
 from .database import ROWS_AT_ONCE, Change, Database, Unusable
 from .outbox import Outbox
 from .records import Key, Limits, Record, Shelf
+from .rulebook import Rulebook
 
 # Seconds until records are written: a commit takes about as long as the short command it is about, and the next one
 # should not have to share the processor with it.
@@ -94,13 +95,18 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, "journal")
         # Programs and wakes: what they say is written at once, together with what was said here before.
         self.outbox = Outbox(self._read, lambda: self._write_soon(0.0), limits.seconds)
+        # What was added to processes, likewise.
+        self.rulebook = Rulebook(lambda: self._write_soon(0.0))
+        self._parts = self.outbox, self.rulebook
         # Lines of `ps` of processes of which nothing is left, until somebody listens.
         self._losses: list[dict[str, Any]] = []
         self._on_lost = self._losses.append
         contents = self._database.contents
         self.outbox.load(contents.programs, contents.wakes, contents.last)
+        self.rulebook.load(contents.watches)
         if self._database.number:  # what could be saved is not in the next file
-            self.outbox.rewrite()
+            for part in self._parts:
+                part.rewrite()
         for thread_id, epoch in contents.threads.items():
             self._threads[thread_id] = ThreadJournal(self, thread_id, epoch, known=True)
         for key, at, size in contents.kept:
@@ -109,6 +115,9 @@ class Journal:
             self._living[key] = None
             if boot != boot_id:
                 self.lose(*key, "rebooted")
+        for key in self.rulebook.keys:
+            if key not in self._living:  # it had gone when the former broker died
+                self.rulebook.drop(key)
         self.expire()
 
     @property
@@ -147,8 +156,9 @@ class Journal:
     # What the threads' parts say, and ask.
 
     def lost(self, row: dict[str, Any]) -> None:
-        """Nothing is left of the process with this line of `ps`, which says why."""
-        self._on_lost(row)
+        """Nothing is left of the process with this line of `ps`, which says why; its rules are told with it."""
+        added = [line.rule for line in self.rulebook.of((row["thread"], row["process_id"]))]
+        self._on_lost({**row, "wake_on": [*row.get("wake_on", ()), *added]})
 
     def reached(self, thread_id: str, epoch: int) -> None:
         """A thread has come to this epoch."""
@@ -279,12 +289,16 @@ class Journal:
                 change.row = _look(change)
         epochs, changes = self._epochs, list(self._next.values())
         self._epochs, self._next = {}, {}
-        future = self._writer.submit(self._database.commit, epochs, changes, self.outbox.take())
+        statements = [statement for part in self._parts for statement in part.take()]
+        future = self._writer.submit(self._database.commit, epochs, changes, statements)
         self._batch = Batch(future, epochs, changes)
         future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._through, future))
 
     def _is_waiting(self) -> bool:
-        return bool(self._next or self._epochs or self.outbox.waiting)
+        return bool(self._next or self._epochs or self._is_urgent())
+
+    def _is_urgent(self) -> bool:
+        return any(part.waiting for part in self._parts)
 
     def _through(self, future: Future[tuple[list[Change], str]]) -> None:
         """A batch is through: tell whoever wants to know, and begin the next."""
@@ -316,9 +330,10 @@ class Journal:
             then, change.then = change.then, []
             for tell in then:
                 tell(change not in wanting)
-        self.outbox.through(written=not reason)
+        for part in self._parts:
+            part.through(written=not reason)
         if self._is_waiting():
-            self._write_soon(0.0 if self.outbox.waiting else WRITE_DELAY)
+            self._write_soon(0.0 if self._is_urgent() else WRITE_DELAY)
 
     def _note(self, reason: str) -> None:
         """Say once that writing fails, and once that it works again."""
@@ -328,11 +343,14 @@ class Journal:
                     f"journal: cannot be written: {reason}; what ends is kept in memory and written when it can be"
                 )
             self._failure = reason
-        elif self._failure and not self._failed and not self._failed_epochs and not self.outbox.failing:
+        elif self._failure and not self._is_failing():
             self._log("journal: everything is written again")
             self._failure = ""
         if self._failure and self._retry is None:
             self._retry = self._loop.call_later(RETRY, self._try_again)
+
+    def _is_failing(self) -> bool:
+        return bool(self._failed or self._failed_epochs or any(part.failing for part in self._parts))
 
     def _try_again(self, count: int = WRITES_MAX) -> None:
         if self._retry:
@@ -343,7 +361,8 @@ class Journal:
             self._next[key] = self._failed.pop(key)
         self._epochs = self._failed_epochs | self._epochs
         self._failed_epochs = {}
-        self.outbox.again()
+        for part in self._parts:
+            part.again()
         self._write_soon()
 
     def _shed(self) -> None:
@@ -368,7 +387,8 @@ class Journal:
             if self._database.number != before:
                 return  # the batch has met the same
         self._database.set_aside(error)
-        self.outbox.rewrite()
+        for part in self._parts:
+            part.rewrite()
         for thread in self._threads.values():
             self.reached(thread.thread_id, thread.epoch)
             for process_id in thread.known_ids:
@@ -399,7 +419,7 @@ class Journal:
     def close(self) -> None:
         """Write what there is, also what failed before, and close the file."""
         self.flush()
-        if self._failed or self._failed_epochs or self.outbox.failing:
+        if self._is_failing():
             self._try_again(len(self._failed))
             self.flush()
         for timer in (self._timer, self._retry):

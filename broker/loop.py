@@ -542,6 +542,10 @@ class Broker:
             body = wire.body_of(request, messages.CLIENT_OPS)
             if request.deadline is not None and kernel.boottime() > request.deadline:
                 raise DeadlineExceeded(f"{request.op}: reached the broker after its deadline")
+            if isinstance(body, messages.NeverMind):
+                if waiting := peer.waits.get(body.request):
+                    waiting.cancel()
+                return
             if len(peer.tasks) >= REQUESTS_MAX:
                 raise BadRequest(f"{REQUESTS_MAX} requests of this client are under way; wait for some")
         except OutliveError as error:
@@ -551,8 +555,8 @@ class Broker:
         peer.tasks.add(task)
         task.add_done_callback(peer.tasks.discard)
         if isinstance(body, messages.Wait | messages.ReadOutput):
-            peer.waits.add(task)
-            task.add_done_callback(peer.waits.discard)
+            peer.waits[request.id] = task
+            task.add_done_callback(lambda _: peer.waits.pop(request.id, None))
 
     async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
         try:

@@ -8,8 +8,8 @@ knows the call, or has held the process all the time; what nobody knows about is
 holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin` (unless told not to) wake a
 sleeping thread.
 
-Each method does the request of its name, which `common.messages` describes.  The one that is not here,
-`RecentEvents`, is answered by the loop, which remembers them.
+Each method does the request of its name, which `common.messages` describes.  Not here: `Watch` and `Wait`, see
+`watching`; and `RecentEvents`, which the loop answers, since it remembers them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ from .peers import WorkerGone
 from .processes import World
 from .records import Record, rfc3339
 from .threads import ThreadManager
+from .watching import Watching
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
 _ENDING = {1, 2, 3, 6, 9, 15}
@@ -85,6 +86,7 @@ class Operations:
         self._stop = stop
         self._started = time.time_ns()
         self._version = _version()
+        watching = Watching(world, threads)
         self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
             messages.ExecCommand: self.exec_command,
             messages.WriteStdin: self.write_stdin,
@@ -92,7 +94,8 @@ class Operations:
             messages.ListProcesses: self.list_processes,
             messages.ListThreads: self.list_threads,
             messages.CreateThread: self.create_thread,
-            messages.Wait: self.wait,
+            messages.Watch: watching.watch,
+            messages.Wait: watching.wait,
             messages.Kill: self.kill,
             messages.Resize: self.resize,
             messages.Detach: self.detach,
@@ -364,18 +367,6 @@ class Operations:
 
     async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
         return [self._delivery.row(thread) for _, thread in sorted(self._threads.threads.items())]
-
-    async def wait(self, call: messages.Wait, deadline: float | None) -> dict[str, Any]:
-        while True:
-            found = self._find(call.thread, call.process_id)
-            if isinstance(found, Record):
-                outcome = found.row["outcome"]
-            elif found.state is State.ENDED and (known := found.outcome):
-                outcome = known.to_wire()
-            else:
-                await found.changed()
-                continue
-            return {"thread": call.thread, "process_id": call.process_id, "outcome": outcome}
 
     async def status(self, call: messages.Status, deadline: float | None) -> dict[str, Any]:
         states = [entry.state for entry in self._threads.entries()]

@@ -5,7 +5,7 @@
     wakes       number      counts all wakes
                 thread      that is to be woken
                 process     whose rule came true; empty for `start`
-                generation  how often that rule has been set before; of `start`, how often the thread was started
+                generation  which setting of rules it came with; 0: the process was started with it, or `start`
                 rule        its text, or `start`
                 state       see `wakes.State`; what is `new` is not written
                 run         the number of the last run that it was part of; 0: none yet

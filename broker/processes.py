@@ -32,7 +32,7 @@ from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Matc
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
-from ..common.rules import Rule
+from ..common.rules import Rule, known
 from ..common.transcript import Transcript
 from . import custody, findings
 from .alarm import Alarm, listening
@@ -44,7 +44,7 @@ from .journal import Journal
 from .lifecycle import Phase
 from .peers import Peer
 from .records import Key, Limits, Record
-from .watches import Match, Watches
+from .watches import Armed, Match, Watches
 
 # Threads at most: each has a worker when awake.
 THREADS_MAX = 10_000
@@ -427,6 +427,8 @@ class Processes(ABC):
             return
         if event is Event.NEVER_RAN:
             self.threads[entry.key[0]].journal.never_ran(entry.key[1])
+        elif before is State.STARTING and entry.state is not before and entry.transcript:
+            self.watches.arm(entry.key, entry.transcript, self._added(entry.key))
         for effect in effects:
             self._do(entry, effect, former, notice)
         self._watch(entry, before)
@@ -436,13 +438,21 @@ class Processes(ABC):
                 del thread.entries[entry.key[1]]
         entry.tell()
 
+    def _added(self, key: tuple[str, str]) -> list[Armed]:
+        """Return the rules that were added to a process, as the journal has them."""
+        lines = self.journal.rulebook.of(key)
+        return [
+            Armed(rule, line.number, line.set_at, line.generation, line.slot, line.since, told=True)
+            for line, rule in zip(lines, known(line.rule for line in lines), strict=True)
+            if rule is not None
+        ]
+
     def _watch(self, entry: Entry, before: State) -> None:
         """Have what moved watched; who held it until now may not have told what it had found."""
         if entry.state is State.GONE:
             self.watches.drop(entry.key)
+            self.journal.rulebook.drop(entry.key)
             return
-        if before is State.STARTING and entry.state is not before and entry.transcript:
-            self.watches.arm(entry.key, entry.transcript)
         if entry.state is State.ENDED and before is not State.ENDED:
             self.watches.ended(entry.key, entry.outcome)
         else:
@@ -480,7 +490,7 @@ class Processes(ABC):
     def _start_pump(self, entry: Entry) -> None:
         try:
             # The store owns them while it pumps; we look at them through its `Held`.
-            self.store.insert(entry.key, entry.handles)
+            self.store.insert(entry.key, entry.handles, self.watches.to_look_for(entry.key))
         except (HandoffError, PeerError, OSError) as error:
             self._world.log(f"process {entry.key}: not pumped: {error}")
 

@@ -112,7 +112,8 @@ class ThreadManager(Workers):
             try:
                 tickets = await self._send_parcels(peer, entries)
                 streams = {entry.key[1]: entry.stream for entry in entries if entry.stream}
-                summary = await self._order(peer, Import(tickets=tickets, streams=streams))
+                rules = {entry.key[1]: added for entry in entries if (added := self.watches.to_look_for(entry.key))}
+                summary = await self._order(peer, Import(tickets=tickets, streams=streams, rules=rules))
                 skipped = set(summary["skipped_process_ids"])
             except WorkerGone:
                 return ReattachSummary.of(0, ids)  # back with us since its death

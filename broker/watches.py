@@ -9,6 +9,7 @@
 `on_match(key, rule, match)` is called once for each rule that came true, and at its end for a process of which a
 rule was still open: whoever waits for what cannot come any more must hear of the end.  A broker that comes up arms
 everything anew, from headers and journal, so that what has been told before is told again unless `fired` knows it.
+A rule with a listener of its own (`Armed.heard`) is told to that, and concerns nobody else.
 
 Always true
     Instants are on `CLOCK_BOOTTIME` and counted from the header or the journal: neither a suspended machine nor a
@@ -22,28 +23,33 @@ Not here
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..common import rules
-from ..common.errors import PeerError
+from ..common.errors import LimitReached, PeerError
+from ..common.messages import AddedRule
 from ..common.outcome import Outcome
 from ..common.rules import Deadline, Exit, Output, Port, Rule, Silence
-from ..common.transcript import Gap, Transcript
+from ..common.transcript import MATCHES, Gap, Transcript
 
 Key = tuple[str, str]
 # Nanoseconds between two looks at who listens, while somebody waits for a port.
 PORT_PAUSE = 500_000_000
+# Numbers of rules that were added, one after the other.  Those with a listener, whom nobody remembers, get random
+# ones beyond, of as many: the header may still tell of a former listener's.
+_NUMBERS = range(1000, 1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """How a rule came true.
 
-    `generation`: 0 for a rule that the process was started with, or that was set once; one more each time that it
-    is set again after it came true.  `outcome`: of an end.  `offset`, `text`: where in the output, and what.
+    `generation`: which setting of rules this one came with; 0: the process was started with it.  `outcome`: of an
+    end.  `offset`, `text`: where in the output, and what.
     """
 
     generation: int = 0
@@ -56,14 +62,21 @@ class Match:
 class Armed:
     """One rule of one process.
 
-    `number`: by which holders know it.  `since`: when it was set, in nanoseconds since boot.
+    `number`: by which holders know it.  `set_at`: when, in nanoseconds since boot.  Of an output rule: the `slot`
+    in the header, and `since` which offset it is looked for.  `told`: whether holders may be told of an added one.
     """
 
     rule: Rule
     number: int
-    since: int
+    set_at: int
     generation: int = 0
+    slot: int = 0
+    since: int = 0
+    told: bool = False
+    heard: Callable[[Match], None] | None = None
     open: bool = True
+    # Where its match ends: the same rule, set again, is looked for from there.
+    until: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +84,15 @@ class _Watch:
     transcript: Transcript
     armed: list[Armed] = field(default_factory=list)
     outcome: Outcome | None = None
+
+    @property
+    def open(self) -> list[Armed]:
+        return [armed for armed in self.armed if armed.open]
+
+    @property
+    def slots(self) -> int:
+        """How many slots in the header are those of rules that the process was started with."""
+        return sum(isinstance(rule, Output) for rule in rules.known(self.transcript.facts.wake_on))
 
 
 def _boottime() -> int:
@@ -117,20 +139,90 @@ class Watches:
                 watch.armed.append(Armed(rule, number, started))
         watch.armed += added
         for armed in watch.armed:
-            armed.open = armed.open and not self.fired(key, armed.rule, armed.generation)
+            armed.open = not self.fired(key, armed.rule, armed.generation)
             self._schedule(key, watch, armed)
         self.look(key)
+        for armed in watch.armed:
+            if not armed.open and isinstance(armed.rule, Output):
+                armed.until = armed.until or transcript.scanned  # its slot has been used again
         self._reset()
+
+    def add(
+        self,
+        key: Key,
+        transcript: Transcript,
+        rule: Rule,
+        *,
+        set_at: int,
+        generation: int = 0,
+        heard: Callable[[Match], None] | None = None,
+    ) -> Armed:
+        """Watch also for this; a rule that is open already is that one.  Raises `LimitReached`.
+
+        What is looked for in output is so once its holder is told: `told`, `to_look_for`, `look`.
+        """
+        watch = self._watches.setdefault(key, _Watch(transcript))
+        same = [armed for armed in watch.armed if armed.rule == rule and armed.heard is None and heard is None]
+        for armed in same:
+            if armed.open or armed.generation == generation:
+                return armed
+        if len(watch.open) >= rules.RULES_MAX:
+            raise LimitReached(f"process {key[1]}: {rules.RULES_MAX} wake rules are open, and more may not be")
+        number = _NUMBERS.start if heard is None else secrets.randbelow(len(_NUMBERS)) + _NUMBERS.stop
+        if heard is None:
+            number = max([number, *(armed.number + 1 for armed in watch.armed if armed.number in _NUMBERS)])
+        armed = Armed(rule, number, set_at, generation, heard=heard)
+        if isinstance(rule, Output):
+            armed.since = max((former.until for former in same), default=0)
+            armed.slot = self._free_slot(key, watch)
+        watch.armed.append(armed)
+        self._schedule(key, watch, armed)
+        self._reset()
+        return armed
+
+    def _free_slot(self, key: Key, watch: _Watch) -> int:
+        taken = {one.slot for one in watch.open if isinstance(one.rule, Output) and one.number >= _NUMBERS.start}
+        # The one that was used longest ago: what is in it was told to everybody by now.
+        used = [one.slot for one in watch.armed if isinstance(one.rule, Output) and one.number >= _NUMBERS.start]
+        last = {slot: at for at, slot in enumerate(used)}
+        free = set(range(watch.slots, MATCHES)) - taken
+        if not free:
+            raise LimitReached(f"process {key[1]}: {MATCHES} wake rules are about its output, and more may not be")
+        return min(free, key=lambda slot: last.get(slot, -1))
+
+    def remove(self, key: Key, armed: Armed) -> None:
+        """Whoever listened to this rule has gone."""
+        if watch := self._watches.get(key):
+            watch.armed.remove(armed)
+            self._due.pop(armed, None)
+            if not watch.armed:
+                del self._watches[key]
+            self._reset()
+
+    def to_look_for(self, key: Key) -> list[AddedRule]:
+        """Return what whoever pumps a process has to know beside its header."""
+        watch = self._watches.get(key)
+        return [
+            AddedRule(number=armed.number, slot=armed.slot, rule=str(armed.rule), since=armed.since)
+            for armed in (watch.open if watch else ())
+            if armed.told and isinstance(armed.rule, Output | Silence)
+        ]
+
+    def texts(self, key: Key) -> list[str]:
+        """Return the open rules whose coming true wakes the thread."""
+        watch = self._watches.get(key)
+        return [str(armed.rule) for armed in (watch.open if watch else ()) if armed.heard is None]
 
     def look(self, key: Key) -> None:
         """Something may have been found in a process's output: the header tells."""
         watch = self._watches.get(key)
-        if watch is None or not any(isinstance(armed.rule, Output) and armed.open for armed in watch.armed):
+        if watch is None or not any(isinstance(armed.rule, Output) for armed in watch.armed):
             return
         with suppress(PeerError):
             for found in watch.transcript.matches():
-                for armed in watch.armed:
-                    if armed.number == found.number and isinstance(armed.rule, Output):
+                for armed in list(watch.armed):
+                    if armed.number == found.number and isinstance(armed.rule, Output) and not armed.until:
+                        armed.until = found.end
                         text = text_of(watch.transcript, found.start, found.end)
                         self._fire(key, armed, Match(armed.generation, offset=found.start, text=text))
 
@@ -138,16 +230,16 @@ class Watches:
         """A process has ended; nothing more will come true of it."""
         self.look(key)
         watch = self._watches.get(key)
-        if watch is None or watch.outcome:
+        if watch is None:
             return
         watch.outcome = outcome
-        still_open = [armed for armed in watch.armed if armed.open]
-        for armed in still_open:
+        still_open = [armed for armed in watch.open if armed.heard is None]
+        for armed in watch.open:
             armed.open = False
             self._due.pop(armed, None)
         if still_open:
             ends = [armed.generation for armed in still_open if isinstance(armed.rule, Exit)]
-            generation = max(ends or [0])
+            generation = max(ends or [armed.generation for armed in still_open])
             if ends or not self.fired(key, Exit(), generation):
                 self.on_match(key, Exit(), Match(generation, outcome=outcome))
         self._reset()
@@ -189,7 +281,10 @@ class Watches:
         if armed.open:
             armed.open = False
             self._due.pop(armed, None)
-            self.on_match(key, armed.rule, match)
+            if armed.heard:
+                armed.heard(match)
+            else:
+                self.on_match(key, armed.rule, match)
 
     def _schedule(self, key: Key, watch: _Watch, armed: Armed) -> None:
         if armed.open and isinstance(armed.rule, Silence | Deadline | Port):
@@ -206,7 +301,7 @@ def _instant(watch: _Watch, armed: Armed) -> int:
     """Return when a rule about a clock comes true, as far as is known now."""
     assert isinstance(armed.rule, Silence | Deadline)
     quiet_since = watch.transcript.output_at if isinstance(armed.rule, Silence) else 0
-    return max(armed.since, quiet_since) + round(armed.rule.seconds * 1e9)
+    return max(armed.set_at, quiet_since) + round(armed.rule.seconds * 1e9)
 
 
 def text_of(transcript: Transcript, start: int, end: int) -> bytes:

@@ -57,6 +57,7 @@ from .messages import (
     Resize,
     Resume,
     RetryWake,
+    RuleRow,
     Shutdown,
     Start,
     Status,
@@ -64,6 +65,8 @@ from .messages import (
     ThreadRow,
     Upgrade,
     Wait,
+    WaitRow,
+    Watch,
     WriteStdin,
     outcome_from_wire,
 )
@@ -471,6 +474,36 @@ class Thread:
         outcome = outcome_from_wire(answer["outcome"])
         assert outcome is not None
         return outcome
+
+    async def wait_until(self, process_id: str, *rules_: object, timeout: float | None = None) -> WaitRow:
+        """Wait until one of these rules is true of a process, or it has ended, without waking its thread.
+
+        The rules are those of `wake_on`; output counts from its beginning, silence and deadline from now.  Raises
+        `TimeoutError` after `timeout` seconds, `UnknownProcess`, `ExpiredProcess`, `BadRequest`.
+        """
+        body = Wait(
+            thread=self.thread_id,
+            process_id=process_id,
+            rules=[str(rule) for rule in rules.rules_of(rules_)],
+            asked_at=kernel.boottime(),
+        )
+        async with asyncio.timeout(timeout):
+            return await self.host.call(body, WaitRow, None)
+
+    async def watch(self, process_id: str, *rules_: object, watch_id: str | None = None) -> list[RuleRow]:
+        """Have the thread woken when one of these rules is true of a process, which may run, or have ended.
+
+        The rules are those of `wake_on`.  One that is open already stays as it is, one that came true is set anew:
+        silence and deadline count from now, output from where it matched before.  The same `watch_id` again sets
+        nothing anew.  Raises `BadRequest`, `LimitReached`, `UnknownProcess`, `ExpiredProcess`.
+        """
+        body = Watch(
+            thread=self.thread_id,
+            process_id=process_id,
+            rules=[str(rule) for rule in rules.rules_of(rules_)],
+            watch_id=watch_id or secrets.token_hex(8),
+        )
+        return await self.host.call(body, list[RuleRow])
 
     async def kill(
         self,

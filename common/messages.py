@@ -163,11 +163,35 @@ class CreateThread(Body, frozen=True, kw_only=True):
     thread: Name
 
 
-class Wait(Body, frozen=True, kw_only=True):
-    """Answer once the process has ended and its output is in the transcript."""
+class Watch(Body, frozen=True, kw_only=True):
+    """Set rules on a process that has started, whose coming true wakes the thread.
+
+    Of a rule that is open already, or with the same `watch_id` again, that one is meant.  Output counts from the
+    beginning of what is kept, or where the same rule matched before.
+    """
 
     thread: Name
     process_id: Name
+    rules: Annotated[list[RuleText], msgspec.Meta(min_length=1)]
+    watch_id: Text
+
+
+class Wait(Body, frozen=True, kw_only=True):
+    """Answer once one of the rules is true, or the process has ended and its output is in the transcript.
+
+    No rules: `exit`.  `asked_at`: on `CLOCK_BOOTTIME`, from when deadline and silence count.
+    """
+
+    thread: Name
+    process_id: Name
+    rules: list[RuleText] = []
+    asked_at: Seconds | None = None
+
+
+class NeverMind(Body, frozen=True, kw_only=True):
+    """A notice: nobody waits any more for the answer to this request; one that only waits or reads is dropped."""
+
+    request: int
 
 
 class Kill(Body, frozen=True, kw_only=True):
@@ -438,7 +462,9 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     ListProcesses,
     ListThreads,
     CreateThread,
+    Watch,
     Wait,
+    NeverMind,
     Kill,
     Resize,
     Detach,
@@ -555,6 +581,29 @@ class ReattachSummary(msgspec.Struct, frozen=True):
     def of(cls, reattached: int, skipped: list[str]) -> ReattachSummary:
         """Return the summary for this many taken and these refused."""
         return cls(reattached, len(skipped), sorted(skipped))
+
+
+class RuleRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that was set, and whether it is still to come true."""
+
+    thread: str
+    process_id: str
+    rule: str
+    open: bool
+
+
+class WaitRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a wait came to: the rule that came true; `None` when the process ended first, and none can any more.
+
+    `outcome`: of one that has ended.  `offset`, `text`: where in the output it matched, and what.
+    """
+
+    thread: str
+    process_id: str
+    rule: str | None
+    outcome: dict[str, Any] | None
+    offset: int | None
+    text: bytes | None
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

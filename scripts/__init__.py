@@ -9,6 +9,7 @@ Read in this order; each program stands after what it is made of.
     units        the text of a systemd unit, and why each setting is there.
     installation installing the broker as a systemd unit, and taking it out again.
     views        the commands that look, and change nothing.
+    waiting      the commands about rules: wait and watch.
     orders       the commands that change something.
     cli          `outlive`, the command line.
     examples/    agents to start from.

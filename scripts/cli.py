@@ -22,7 +22,7 @@ import sys
 
 import click
 
-from . import orders, tools, views
+from . import orders, tools, views, waiting
 from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Commands
 from .rendering import ReaderGone, message, write_json, write_line
 
@@ -58,7 +58,8 @@ for _command in (
     views.threads,
     views.wakes,
     views.logs,
-    views.wait,
+    waiting.wait,
+    waiting.watch,
     orders.kill,
     orders.resize,
     views.events,

@@ -1,4 +1,4 @@
-"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, wait, events."""
+"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, events."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import click
 from .arguments import ThreadName, WakeNumber
 from .frame import (
     FAILED,
-    LOST,
-    TIMED_OUT,
     Process,
     command,
     in_thread,
     key_of,
     process_argument,
-    processes_argument,
     show,
     thread_of,
     thread_table,
@@ -28,7 +25,6 @@ from .rendering import ends_with_reader, message, printable, table, write, write
 if TYPE_CHECKING:
     from ..common.client import Host
     from ..common.messages import Output, ProcessRow
-    from ..common.outcome import Outcome
     from ..common.program import WakeRow
 
 
@@ -327,52 +323,6 @@ def _log_object(thread: str, process_id: str, since: int, pieces: Sequence[Outpu
         "ended": last.ended,
         "outcome": last.outcome if last.ended else None,
     }
-
-
-@command()
-@in_thread
-@processes_argument
-@click.option(
-    "--timeout", type=click.FloatRange(0), metavar="S", help="Give up after S seconds, with exit status 124."
-)
-def wait(thread: str | None, processes: Sequence[Process], timeout: float | None, as_json: bool) -> int:
-    """Wait until processes have ended.
-
-    The exit status is that of the process (128 + N if signal N ended it, 125 if its end is not known); 0 for
-    several.
-
-    \b
-    Example: outlive wait 4711 --timeout 60
-    """
-    import asyncio
-
-    keys = list(dict.fromkeys(key_of(process, thread) for process in processes))
-
-    async def one(host: Host, key: tuple[str, str]) -> Outcome | None:
-        try:
-            outcome = await thread_of(host, key[0]).wait(key[1], timeout)
-        except TimeoutError:
-            message(f"process {key[0]}/{key[1]} has not ended after {timeout:g} s")
-            return None
-        line = {"thread": key[0], "process_id": key[1], "outcome": outcome.to_wire()}
-        show(line, as_json, f"{key[0]}/{key[1]}: {outcome.sentence()}")
-        return outcome
-
-    async def work(host: Host) -> list[Outcome | None]:
-        tasks = [asyncio.ensure_future(one(host, key)) for key in keys]
-        try:
-            with ends_with_reader():
-                return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    outcomes = with_host(work)
-    if None in outcomes:
-        return TIMED_OUT
-    if len(outcomes) > 1 or (outcome := outcomes[0]) is None:
-        return 0
-    return LOST if outcome.exit_code is None else outcome.exit_code
 
 
 @command()

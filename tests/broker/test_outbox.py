@@ -172,7 +172,7 @@ async def test_a_file_of_version_1_gets_the_tables_it_lacks(brokers: Brokers) ->
     journal = brokers.start()
     journal.thread("t").reached(5)
     brokers.end()
-    for statement in ("DROP TABLE programs", "DROP TABLE wakes", "PRAGMA user_version = 1"):
+    for statement in ("DROP TABLE programs", "DROP TABLE wakes", "DROP TABLE watches", "PRAGMA user_version = 1"):
         brokers.sql(statement)
     journal = brokers.start()
     assert (journal.trouble, journal.thread("t").epoch) == ("", 5)
