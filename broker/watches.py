@@ -15,7 +15,8 @@ Always true
     Instants are on `CLOCK_BOOTTIME` and counted from the header or the journal: neither a suspended machine nor a
     restarted broker counts from zero again.
     While no rule about a clock or a port is open there is no alarm.
-    A rule that came true, or whose process has ended, is closed, and costs nothing.
+    A rule that came true, or whose process has ended, costs nothing; only in what was printed before the end may
+    something be found yet.
 
 Not here
     What a wake does: the outbox.  Looking for output: `common.scanner`.
@@ -74,9 +75,16 @@ class Armed:
     since: int = 0
     told: bool = False
     heard: Callable[[Match], None] | None = None
-    open: bool = True
+    # Whether it came true; and whether it cannot any more, but for output that nobody has looked at yet.
+    came: bool = False
+    over: bool = False
     # Where its match ends: the same rule, set again, is looked for from there.
     until: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether it may come true."""
+        return not (self.came or self.over)
 
 
 @dataclass(slots=True)
@@ -139,11 +147,11 @@ class Watches:
                 watch.armed.append(Armed(rule, number, started))
         watch.armed += added
         for armed in watch.armed:
-            armed.open = not self.fired(key, armed.rule, armed.generation)
+            armed.came = self.fired(key, armed.rule, armed.generation)
             self._schedule(key, watch, armed)
         self.look(key)
         for armed in watch.armed:
-            if not armed.open and isinstance(armed.rule, Output):
+            if armed.came and isinstance(armed.rule, Output):
                 armed.until = armed.until or transcript.scanned  # its slot has been used again
         self._reset()
 
@@ -204,8 +212,8 @@ class Watches:
         watch = self._watches.get(key)
         return [
             AddedRule(number=armed.number, slot=armed.slot, rule=str(armed.rule), since=armed.since)
-            for armed in (watch.open if watch else ())
-            if armed.told and isinstance(armed.rule, Output | Silence)
+            for armed in (watch.armed if watch else ())
+            if armed.told and not armed.came and isinstance(armed.rule, Output | Silence)
         ]
 
     def texts(self, key: Key) -> list[str]:
@@ -235,7 +243,7 @@ class Watches:
         watch.outcome = outcome
         still_open = [armed for armed in watch.open if armed.heard is None]
         for armed in watch.open:
-            armed.open = False
+            armed.over = True
             self._due.pop(armed, None)
         if still_open:
             ends = [armed.generation for armed in still_open if isinstance(armed.rule, Exit)]
@@ -278,8 +286,8 @@ class Watches:
         self._reset()
 
     def _fire(self, key: Key, armed: Armed, match: Match) -> None:
-        if armed.open:
-            armed.open = False
+        if not armed.came:
+            armed.came = True
             self._due.pop(armed, None)
             if armed.heard:
                 armed.heard(match)

@@ -81,7 +81,9 @@ class Watching:
         await self._tell_holder(entry, deadline)
         if entry.state is State.ENDED:
             watches.ended(entry.key, entry.outcome)
-        return {one.rule for one in armed if one.open}
+        elif entry.state is State.GONE:
+            self._tell_of(self._record(*entry.key), entry.key, wanted, generation)
+        return {one.rule for one in armed if one.open and entry.state is not State.GONE}
 
     async def _written(self, entry: Entry, lines: list[Line]) -> None:
         """Wait until these are in the journal, and all that was said before: then a slot may be used again."""
