@@ -118,6 +118,8 @@ class Operations:
         """Do what a client asks, and return the result."""
         if not isinstance(body, messages.Status | messages.CreateThread | messages.Upgrade):
             await self._threads.survivors_reported(getattr(body, "thread", None))
+        if isinstance(body, WriteStdin | messages.Resume):
+            self._threads.get(body.thread)  # one that is not known is not made known by this
         work = self._by_type[type(body)](body, deadline)
         if not isinstance(body, messages.ExecCommand | WriteStdin | messages.Resume):
             return await work

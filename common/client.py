@@ -30,7 +30,7 @@ import msgpack
 import msgspec
 import zmq
 
-from . import kernel, messages, rules, wire
+from . import kernel, messages, wire
 from .connection import Connection, NotSent, open_connection, until_readable
 from .errors import BadRequest, Interrupted, Unavailable
 from .messages import (
@@ -74,6 +74,7 @@ from .outcome import Outcome, signal_number
 from .paths import Paths, SocketPath
 from .program import Program, WakeRow
 from .response import Response
+from .rules import rules_of
 
 # Seconds beyond its own waiting that a call may take: a worker may have to be started first.
 MARGIN = 60.0
@@ -382,7 +383,7 @@ class Thread:
             rows=rows,
             yield_time_ms=yield_time_ms,
             max_output_tokens=max_output_tokens,
-            wake_on=[str(rule) for rule in rules.rules_of(wake_on)],
+            wake_on=[str(rule) for rule in rules_of(wake_on)],
         )
         return await self.host.call(body, Response, yield_time_ms / 1000 + MARGIN)
 
@@ -475,7 +476,7 @@ class Thread:
         assert outcome is not None
         return outcome
 
-    async def wait_until(self, process_id: str, *rules_: object, timeout: float | None = None) -> WaitRow:
+    async def wait_until(self, process_id: str, *rules: object, timeout: float | None = None) -> WaitRow:
         """Wait until one of these rules is true of a process, or it has ended, without waking its thread.
 
         The rules are those of `wake_on`; output counts from its beginning, silence and deadline from now.  Raises
@@ -484,13 +485,13 @@ class Thread:
         body = Wait(
             thread=self.thread_id,
             process_id=process_id,
-            rules=[str(rule) for rule in rules.rules_of(rules_)],
+            rules=[str(rule) for rule in rules_of(rules)],
             asked_at=kernel.boottime(),
         )
         async with asyncio.timeout(timeout):
             return await self.host.call(body, WaitRow, None)
 
-    async def watch(self, process_id: str, *rules_: object, watch_id: str | None = None) -> list[RuleRow]:
+    async def watch(self, process_id: str, *rules: object, watch_id: str | None = None) -> list[RuleRow]:
         """Have the thread woken when one of these rules is true of a process, which may run, or have ended.
 
         The rules are those of `wake_on`.  One that is open already stays as it is, one that came true is set anew:
@@ -500,7 +501,7 @@ class Thread:
         body = Watch(
             thread=self.thread_id,
             process_id=process_id,
-            rules=[str(rule) for rule in rules.rules_of(rules_)],
+            rules=[str(rule) for rule in rules_of(rules)],
             watch_id=watch_id or secrets.token_hex(8),
         )
         return await self.host.call(body, list[RuleRow])

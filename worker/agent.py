@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..common.client import Host, Thread
-from ..common.messages import Inventory
+from ..common.messages import Inventory, RuleRow
 from ..common.program import ProcessSummary, Wake
 from ..common.response import Response
 
@@ -62,6 +62,11 @@ class Session(Thread):
             call_id=call_id or self._name(cmd, workdir),
             wake_on=wake_on,
         )
+
+    async def watch(self, process_id: str, *rules: object, watch_id: str | None = None) -> list[RuleRow]:
+        """Set rules, as `Thread.watch` does; without a `watch_id` it counts once in this run."""
+        named = watch_id or self._name(["watch", process_id, *(str(rule) for rule in rules)], None)
+        return await super().watch(process_id, *rules, watch_id=named)
 
     async def processes(self) -> list[ProcessSummary]:  # type: ignore[override]
         """Return the thread's processes: those that live, that ended and have unread output, or are lost."""
