@@ -438,9 +438,9 @@ class Delivery:
     # To bed.
 
     @contextmanager
-    def busy(self, thread_id: str) -> Iterator[None]:
+    def busy(self, thread: Thread) -> Iterator[None]:
         """For a call that needs the thread's worker: it is not sent to bed meanwhile."""
-        box = self._box(thread_id)
+        box = self._box(thread.thread_id)
         box.calls += 1
         try:
             yield

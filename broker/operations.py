@@ -118,13 +118,12 @@ class Operations:
         """Do what a client asks, and return the result."""
         if not isinstance(body, messages.Status | messages.CreateThread | messages.Upgrade):
             await self._threads.survivors_reported(getattr(body, "thread", None))
-        if isinstance(body, WriteStdin | messages.Resume):
-            self._threads.get(body.thread)  # one that is not known is not made known by this
-        work = self._by_type[type(body)](body, deadline)
+        work = self._by_type[type(body)]
         if not isinstance(body, messages.ExecCommand | WriteStdin | messages.Resume):
-            return await work
-        with self._delivery.busy(body.thread):
-            return await work
+            return await work(body, deadline)
+        thread = self._threads.create if isinstance(body, messages.ExecCommand) else self._threads.get
+        with self._delivery.busy(thread(body.thread)):
+            return await work(body, deadline)
 
     # The two tools.
 
