@@ -90,7 +90,10 @@ class Delivery:
         """Go on with what the former broker has left."""
         for thread_id in self._outbox.programs:
             with suppress(OutliveError):
-                self._happen(self._box(thread_id), Happening.STARTED)
+                box = self._box(thread_id)
+                self._happen(box, Happening.STARTED)
+                if box.thread.expected and box.course.phase is Phase.RESTING:
+                    self._send_to_bed(box)  # the former broker was about to
         for thread in self._threads.threads.values():
             if thread.expected:
                 self._rest(self._box(thread.thread_id))
