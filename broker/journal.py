@@ -116,7 +116,8 @@ class Journal:
             if boot != boot_id:
                 self.lose(*key, "rebooted")
         for key in self.rulebook.keys:
-            if key not in self._living:  # it had gone when the former broker died
+            # It had gone when the former broker died; of a damaged file, who lives is not known.
+            if key not in self._living and not self._database.number:
                 self.rulebook.drop(key)
         self.expire()
 

@@ -227,7 +227,7 @@ def _number(seconds: float) -> str:
     return str(int(seconds)) if seconds == int(seconds) else repr(seconds)
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=256)
 def compiled(pattern: str) -> re2._Regexp:
     """Return what searches for an expression; raises `BadRequest`."""
     import re2

@@ -15,9 +15,11 @@ Not here
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from . import rules
+from .errors import PeerError
 from .messages import AddedRule
 from .rules import Output, Rule, Silence
 from .transcript import Found, Gap, Transcript
@@ -68,8 +70,9 @@ class Scanner:
             kinds.append(rule)
             if isinstance(rule, Output):
                 wanted[added.number] = _Wanted(added.number, added.slot, rule.pattern, added.since, added.since)
-        for number in [match.number for match in self._transcript.matches()]:
-            wanted.pop(number, None)
+        with suppress(PeerError):  # a damaged table is no reason not to pump
+            for match in self._transcript.matches():
+                wanted.pop(match.number, None)
         self._wanted = {number: self._wanted.get(number, one) for number, one in wanted.items()}
         self._notes_output = any(isinstance(rule, Silence) for rule in kinds)
 

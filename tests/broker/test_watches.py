@@ -13,6 +13,7 @@ import pytest
 
 from outlive.broker.alarm import listening
 from outlive.broker.watches import PORT_PAUSE, Armed, Match, Watches
+from outlive.common.errors import LimitReached
 from outlive.common.outcome import Outcome
 from outlive.common.rules import Deadline, Exit, Output, Rule, Silence
 from outlive.common.transcript import Found, Transcript, mark_started
@@ -225,3 +226,96 @@ def test_the_ports_of_this_host_that_something_listens_on_are_found() -> None:
         found = listening()
         assert {server.getsockname()[1], other.getsockname()[1]} <= found
         assert idle.getsockname()[1] not in found
+
+
+# Rules that are added.
+
+
+def add(scene: Scene, transcript: Transcript, rule: Rule, generation: int = 1) -> Armed:
+    armed = scene.watches.add(KEY, transcript, rule, set_at=scene.now, generation=generation)
+    armed.told = True
+    return armed
+
+
+def find(scene: Scene, transcript: Transcript, armed: Armed, start: int, end: int) -> None:
+    """Find something, as a holder does."""
+    transcript.record_match(armed.slot, Found(armed.number, start, end))
+    scene.watches.look(KEY)
+
+
+def test_a_rule_that_is_open_is_not_set_twice_and_one_that_came_true_is_set_anew_from_there(scene: Scene) -> None:
+    transcript = scene.transcript("output=x")
+    os.write(transcript.fd, b"axbx")
+    scene.watches.arm(KEY, transcript)
+    first = add(scene, transcript, Output("x"))
+    assert (first.number, first.generation) == (0, 0)
+    find(scene, transcript, first, 1, 2)
+    second = add(scene, transcript, Output("x"), 7)
+    assert (second.since, second.slot) == (2, 1)
+    assert add(scene, transcript, Output("x"), 7) is add(scene, transcript, Output("x"), 8) is second
+    find(scene, transcript, second, 3, 4)
+    assert add(scene, transcript, Output("x"), 7) is second  # asked again
+    assert [(match.generation, match.offset) for _, _, match in scene.told] == [(0, 1), (7, 3)]
+    assert scene.watches.to_look_for(KEY) == []
+
+
+def test_the_slots_of_rules_that_came_true_are_used_again_those_of_the_first_rules_never(scene: Scene) -> None:
+    transcript = scene.transcript("output=1", "exit", "output=2")
+    os.write(transcript.fd, b"x" * 100)
+    scene.watches.arm(KEY, transcript)
+    added = [add(scene, transcript, Output(f"a{n}")) for n in range(6)]
+    assert [armed.slot for armed in added] == [2, 3, 4, 5, 6, 7]
+    with pytest.raises(LimitReached, match="8 wake rules are about its output"):
+        add(scene, transcript, Output("b"))
+    find(scene, transcript, added[4], 0, 1)
+    find(scene, transcript, added[1], 0, 1)
+    assert [add(scene, transcript, Output(f"b{n}")).slot for n in range(2)] == [3, 6]
+    assert len({armed.number for armed in scene.watches._watches[KEY].armed}) == 11
+    assert len(scene.watches.to_look_for(KEY)) == 6
+
+
+def test_an_end_is_told_for_a_rule_that_was_added_after_an_end_was_told(scene: Scene) -> None:
+    transcript = scene.transcript("exit")
+    scene.watches.arm(KEY, transcript)
+    scene.watches.ended(KEY, WELL)
+    add(scene, transcript, Output("x"), 5)
+    scene.watches.ended(KEY, WELL)
+    assert [(str(rule), match.generation) for _, rule, match in scene.told] == [("exit", 0), ("exit", 5)]
+
+
+def test_output_of_before_the_end_may_be_found_after_it(scene: Scene) -> None:
+    transcript = scene.transcript()
+    os.write(transcript.fd, b"x")
+    armed = add(scene, transcript, Output("x"))
+    scene.watches.ended(KEY, WELL)
+    assert [rule.rule for rule in scene.watches.to_look_for(KEY)] == ["output=x"]
+    find(scene, transcript, armed, 0, 1)
+    assert scene.rules == ["exit", "output=x"]
+
+
+def test_a_listeners_rule_is_its_own_and_goes_with_it(scene: Scene) -> None:
+    transcript, heard = scene.transcript("output=x"), []
+    os.write(transcript.fd, b"x")
+    scene.watches.arm(KEY, transcript)
+    start = scene.now
+    mine = [
+        scene.watches.add(KEY, transcript, rule, set_at=scene.now, heard=heard.append)
+        for rule in (Output("x"), Deadline(5))
+    ]
+    find(scene, transcript, mine[0], 0, 1)
+    assert heard == [Match(offset=0, text=b"x")]
+    assert scene.alarm == start + 5 * SECOND
+    for armed in mine:
+        scene.watches.remove(KEY, armed)
+    assert (scene.alarm, scene.told) == (None, [])
+    scene.watches.ended(KEY, WELL)
+    assert scene.rules == ["exit"]
+
+
+def test_a_rule_whose_slot_was_used_again_is_after_a_restart_set_anew_from_what_was_scanned(scene: Scene) -> None:
+    transcript = scene.transcript()
+    os.write(transcript.fd, b"xxxx")
+    transcript.count_scanned(4)
+    scene.fired = {(KEY, Output("x"), 3)}
+    scene.watches.arm(KEY, transcript, [Armed(Output("x"), 1000, 0, 3, told=True)])
+    assert add(scene, transcript, Output("x"), 4).since == 4

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from outlive.common import rules
 from outlive.common.descriptors import Handles
 from outlive.common.held import Held
 from outlive.common.messages import AddedRule
@@ -15,7 +18,7 @@ from outlive.common.pump import Pump, Pumps
 from outlive.common.scanner import Scanner
 from outlive.common.transcript import Found, Lease, Limits, Transcript
 
-from .conftest import PATIENCE, RAW, Children, until
+from .conftest import DEAD, PATIENCE, RAW, Children, facts_of, until
 
 Hold = Callable[..., Held]
 
@@ -171,3 +174,36 @@ def test_a_rule_of_a_newer_program_is_left_alone_and_the_others_keep_their_numbe
     os.write(handles.transcript, b"abc")
     assert Scanner(transcript).scan(3)
     assert transcript.matches() == [Found(1, 1, 2)]
+
+
+@given(
+    st.sampled_from(["ab+c", "^a", "b$", r"\bab\b", "a|bc$", "é+b", "(a+)+$"]),
+    st.lists(st.tuples(st.text("abc \nxé", max_size=8).map(str.encode), st.booleans(), st.booleans()), max_size=6),
+)
+def test_whoever_dies_between_the_pieces_a_match_is_found_once_as_in_the_whole(
+    pattern: str, pieces: list[tuple[bytes, bool, bool]]
+) -> None:
+    fd = Transcript.create(facts_of(wake_on=("exit", f"output={pattern}")), DEAD)
+    try:
+        transcript = Transcript(fd)
+        scanner = Scanner(transcript)
+        found = 0
+        for piece, scanned, dies in pieces:
+            os.write(fd, piece)
+            if scanned:
+                found += scanner.scan(transcript.written)
+            if dies:
+                scanner = Scanner(transcript)
+        found += scanner.scan(transcript.written, final=True)
+        whole = b"".join(piece for piece, _, _ in pieces)
+        assert found == len(transcript.matches()) == (rules.compiled(pattern).search(whole) is not None)
+    finally:
+        os.close(fd)
+
+
+def test_a_damaged_table_of_matches_does_not_keep_a_process_from_being_held(children: Children) -> None:
+    handles = children.handles(wake_on=("output=b",))
+    transcript = Transcript(handles.transcript)
+    transcript.record_match(3, Found(9, 0, 1 << 20))
+    os.write(handles.transcript, b"abc")
+    assert Scanner(transcript).scan(3)
