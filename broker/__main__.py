@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from ..common import kernel, launch, notify
 from ..common.config import Config, load
-from ..common.errors import OutliveError
+from ..common.errors import OutliveError, Unavailable
 from ..common.paths import Paths
 from ..common.pump import CopyingPump, Pump
 from .loop import Broker
@@ -40,9 +40,16 @@ def _inherit(paths: Paths, line: int, found: dict[str, list[int]]) -> Inheritanc
     while (lock := _lock(paths)) is None:
         if notify.ADDRESS not in os.environ:
             return None
+        # One that cannot be loaded must not take the place of one that runs; now nobody has stopped serving yet.
+        from . import keeper  # noqa: F401
+
         if inheritance := take_over(paths):
             break
     else:
+        if line < 0 and notify.ADDRESS in os.environ:
+            # The keeper starts another one, with everything; we would find nothing, and call it lost.
+            os.close(lock)
+            raise Unavailable("the broker that was to be upgraded died before it handed over")
         inheritance = Inheritance(lock)
     if line >= 0:
         inheritance.line = socket.socket(fileno=line)
@@ -57,7 +64,7 @@ async def _run(paths: Paths, config: Config, mode: str, inheritance: Inheritance
         succession = await broker.run(on_ready=lambda: _ready(inheritance, broker))  # noqa: B023
         if succession is None:
             return
-        failure = await succession.hand_over(inheritance.lock)
+        failure = await succession.hand_over(inheritance.lock, paths.log)
         if not failure:
             succession.close()
             return
@@ -74,8 +81,6 @@ def _ready(inheritance: Inheritance, broker: Broker) -> None:
             predecessor.send("ready")
         predecessor.close()
         if inheritance.kept and (pid := broker.keeper_pid):
-            from . import keeper  # noqa: F401  a keeper that cannot be loaded must not take the place of one that runs
-
             os.kill(pid, signal.SIGHUP)
 
 

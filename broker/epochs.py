@@ -62,7 +62,7 @@ class Epochs:
                 path.unlink(missing_ok=True)
                 continue
             pid, pidfd = 0, -1
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
                 facts = json.loads(path.read_text(encoding="ascii"))
                 pid, start = int(facts["pid"]), facts["start"]
                 pidfd = os.pidfd_open(pid)

@@ -155,15 +155,15 @@ class Keeper:
 
     def _pause(self, *, failed: bool) -> None:
         """Start the next broker at once, or, after one that did not come up, a while later."""
-        self.ready = False
+        if self.line:  # nobody reads it any more, and poll would not wait
+            self.line.close()
+        self.line, self.ready = None, False
         self.failures = self.failures + 1 if failed else 0
-        pause = min(FIRST_PAUSE * 2.0 ** (self.failures - 1), LONGEST_PAUSE) if failed else 0.0
+        pause = min(FIRST_PAUSE * 2.0 ** min(self.failures - 1, 16), LONGEST_PAUSE) if failed else 0.0
         self.start_at = time.monotonic() + pause
 
     def _start_broker(self, ready: int = -1) -> None:
         """Start a broker with everything we hold."""
-        if self.line:
-            self.line.close()
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.line.setblocking(False)
         self.backlog = deque(self.records)

@@ -7,6 +7,7 @@ keeper (`python -m outlive.broker` by hand) everything here does nothing, and a 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 from collections import deque
@@ -40,6 +41,8 @@ class Keeping:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[Fields, list[int]]] = deque()
+        self._numbers = itertools.count()
+        self._answers: dict[str, asyncio.Future[None]] = {}
         self._socket: socket.socket | None = None
         path = os.environ.get(notify.ADDRESS)
         if path and line:
@@ -56,10 +59,23 @@ class Keeping:
         """The keeper's line to us, to be handed to a successor; `None` when there is no keeper."""
         return self._line
 
-    def listen(self) -> None:
-        """Take in what the keeper has told by now."""
-        if self._line:
-            self._receive()
+    async def hear(self) -> None:
+        """Take in everything that the keeper was told by anybody, us included, before this call.
+
+        Asked to hand us what it keeps under a name that it does not know, it answers with the name, in its turn.
+        """
+        if self._line is None or self._socket is None:
+            return
+        name = f"{next(self._numbers):x}"
+        answer = self._answers[name] = self._loop.create_future()
+        self._tell({"FORWARD": "1", "FDNAME": name})
+        try:
+            async with asyncio.timeout(notify.SEND_DEADLINE):
+                await answer
+        except TimeoutError:  # it is stopped; what it knows is safe, and comes when it goes on
+            pass
+        finally:
+            self._answers.pop(name, None)
 
     def store(self, mark: str, fds: Sequence[int]) -> None:
         """Have it keep these descriptors, which stay ours too."""
@@ -127,7 +143,14 @@ class Keeping:
             elif fds:
                 self._on_found(fds)
                 fds = []
+            elif (answer := self._answers.get(fields.get("FDNAME", ""))) and not answer.done():
+                answer.set_result(None)
             _close(fds)
+
+    def listen_no_more(self) -> None:
+        """Leave what the keeper tells from now on to whoever gets the line."""
+        if self._line:
+            self._loop.remove_reader(self._line.fileno())
 
     def let_go(self) -> socket.socket | None:
         """Return the line for a successor; we hear nothing more, and say only what is queued."""
@@ -139,6 +162,9 @@ class Keeping:
 
     def close(self) -> None:
         """Hang up; what is queued goes if there is room."""
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_result(None)
         if self._line:
             self._loop.remove_reader(self._line.fileno())
             self._line.close()

@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
 from .records import rfc3339
-from .succession import Inheritance, Succession
+from .succession import Inheritance, Succession, end_of, last_words
 from .threads import ThreadManager
 
 # Descriptors kept free: libzmq aborts the process when `accept` meets EMFILE.
@@ -65,6 +66,8 @@ KEEPER_PAUSE = 5.0
 CANDIDATE_DEADLINE = 30.0
 # Seconds for what is on its way when we stop: messages, and callbacks of what was written.
 _LAST_WORDS = 0.05
+# Seconds for what is under way to come to its end, cancelled.
+_TASKS_WITHIN = 2.0
 # Descriptors that the keeper needs beside what it keeps.
 KEEPERS_OWN = 24
 # Peers at once: each takes a descriptor or two.
@@ -112,10 +115,14 @@ class Broker:
         self._loop.add_signal_handler(signal.SIGCHLD, self.notice_deaths)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_end)
-        self._expect_survivors()
-        self._take_inheritance()
         self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
         self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
+        self._expect_survivors()
+        self._take_inheritance()
+        await self._keeping.hear()  # now the keeper has what we hold, and we what spawners told it
+        self.threads.lose_missing()
+        if self._keeping.line is None and notify.ADDRESS in os.environ:
+            self._keeper_lost()  # while we took over
         # Last: whoever gets through the handshake finds the rest in place.
         self._listener = channel.listen(self._paths.channel)
         self._loop.add_reader(self._listener.fileno(), self._accept)
@@ -155,8 +162,16 @@ class Broker:
         self._loop.remove_signal_handler(signal.SIGCHLD)
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        self._keeping.listen_no_more()
+        for peer in list(self._peers.values()):
+            self._take_in(peer)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_TASKS_WITHIN)
+            for task in late:
+                self.log(f"not ended within {_TASKS_WITHIN:.0f} s: {task}")
         for peer in [*self._peers.values(), *self._unknown]:
             self._loop.remove_reader(peer.channel.fileno())
             peer.close()
@@ -184,19 +199,25 @@ class Broker:
             line.close()
         return None
 
+    def _take_in(self, peer: Peer) -> None:
+        """Take in what a peer has deposited by now; what comes later finds it closed, and goes to the keeper."""
+        self._loop.remove_reader(peer.channel.fileno())
+        with suppress(OSError, PeerError):  # refused, as ever, or the end
+            peer.channel.socket.shutdown(socket.SHUT_RD)
+            while packet := peer.channel.receive():
+                try:
+                    self._packet(peer, packet)
+                finally:
+                    packet.close()
+
     # What came before us, and what comes after.
 
     def _take_inheritance(self) -> None:
         """Take up the processes of a former broker."""
-        self._keeping.listen()  # how adopted processes ended comes first
         for fds in self._inheritance.found.values():
             self._found(fds)
         for handles in self._inheritance.handed:
             self.threads.found(handles, kept=self._inheritance.kept)
-        for thread_id, process_id in self.threads.journal.living():
-            thread = self.threads.threads[thread_id]
-            if process_id not in thread.entries and not thread.expected and not thread.unfinished:
-                self.threads.journal.lose(thread_id, process_id, "the broker and its keeper died")
 
     def _found(self, fds: list[int]) -> None:
         """The keeper has handed us what it keeps of one process."""
@@ -229,6 +250,7 @@ class Broker:
         if self._candidate:
             raise BadRequest("an upgrade is under way; wait for it")
         ready, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        since = end_of(self._paths.log)
         try:
             self._candidate = launch.launch(
                 "outlive.broker", [str(launch.FIRST_FD)], fds=[theirs], log=self._log_fd
@@ -241,7 +263,9 @@ class Broker:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
-            return said or ("it died; see the log" if came else f"nothing within {CANDIDATE_DEADLINE:.0f} s")
+            if came:
+                return said or f"it died{last_words(self._paths.log, since)}"
+            return f"nothing within {CANDIDATE_DEADLINE:.0f} s"
         finally:
             os.close(ready)
             if self._successor is None:
@@ -292,6 +316,10 @@ class Broker:
     def unkeep(self, mark: str) -> None:
         """Have the keeper close them."""
         self._keeping.remove(mark)
+
+    async def hear_keeper(self) -> None:
+        """Take in what the keeper was told before now."""
+        await self._keeping.hear()
 
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of an epoch are all dead."""

@@ -26,9 +26,9 @@ from ..common import ending, kernel, tree
 from ..common.config import Config
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
-from ..common.held import Held
+from ..common.held import REPEATED_WITHIN, Held
 from ..common.launch import MARK
-from ..common.messages import Begin, Body, Collected, Delta, Ended, Forget, Matched, Orphaned
+from ..common.messages import Body, Collected, Delta, Ended, Forget, Matched, Orphaned
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
@@ -93,6 +93,9 @@ class World(Protocol):
 
     def unkeep(self, mark: str) -> None:
         """Have it close them."""
+
+    async def hear_keeper(self) -> None:
+        """Take in what the keeper was told before now."""
 
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of this epoch are all dead."""
@@ -199,12 +202,7 @@ class Processes(ABC):
         entry = thread.entries.get(process_id)
         if entry is None or entry.epoch != peer.epoch:
             return
-        if isinstance(notice, Begin):
-            argv = [os.fsdecode(word) for word in notice.argv]
-            self._world.publish(
-                "begin", thread.thread_id, process_id, call_id=notice.call_id, pid=notice.pid, command=argv
-            )
-        elif isinstance(notice, Delta):
+        if isinstance(notice, Delta):
             entry.stream = notice.seq + 1, notice.offset + len(notice.chunk)
             self._world.publish(
                 "delta",
@@ -228,6 +226,12 @@ class Processes(ABC):
         elif isinstance(notice, Orphaned):
             self.orphaned(thread.thread_id, process_id)
 
+    def _publish_begin(self, entry: Entry) -> None:
+        assert entry.transcript is not None
+        facts = entry.transcript.facts
+        argv = [os.fsdecode(word) for word in facts.argv]
+        self._world.publish("begin", *entry.key, call_id=facts.call_id, pid=entry.pid, command=argv)
+
     def _announce(self, entry: Entry, notice: Ended) -> None:
         outcome = entry.outcome
         self._world.publish(
@@ -243,7 +247,7 @@ class Processes(ABC):
     def deposited(self, peer: Peer, parcel: dict[tuple[str, str], Handles], *, kept: bool) -> None:
         """A worker or its spawner has deposited descriptors; raises `PeerError`, closing what it refuses.
 
-        `kept`: the keeper has them already.
+        `kept`: the keeper has them, or gets them from the spawner once the process runs.
         """
         refused = []
         for (thread_id, process_id), handles in parcel.items():
@@ -262,6 +266,7 @@ class Processes(ABC):
     def _deposit(self, peer: Peer, key: tuple[str, str], handles: Handles, *, kept: bool) -> None:
         thread = self.threads[key[0]]
         entry = thread.entries.get(key[1])
+        new = entry is None
         if entry is None:
             if handles.transcript < 0:
                 raise PeerError("deposited without its transcript")
@@ -278,6 +283,8 @@ class Processes(ABC):
         if entry.state is State.STARTING and entry.handles.pidfd >= 0:
             alive = thread.epoch == peer.epoch and thread.worker_pid is not None
             self._started(entry, Event.STARTED if alive else Event.STARTED_ALONE)
+            if not new:  # else it runs for longer, and a former broker has said so
+                self._publish_begin(entry)
 
     def _enter(self, thread: Thread, key: tuple[str, str], epoch: int, transcript: Transcript) -> Entry:
         entry = Entry(key, epoch)
@@ -325,10 +332,18 @@ class Processes(ABC):
         if entry.state is State.STARTING:
             self._judge(entry)
 
+    def lose_missing(self) -> None:
+        """What was alive by the journal, and is held by nobody who can still come, is lost."""
+        for thread_id, process_id in list(self.journal.living()):
+            thread = self.threads[thread_id]
+            if process_id not in thread.entries and not thread.expected and not thread.unfinished:
+                self.journal.lose(thread_id, process_id, "the broker and its keeper died")
+
     def _judge(self, entry: Entry) -> None:
         """Decide about a found process by the table, and do it."""
         transcript = entry.transcript
         assert transcript is not None
+        self._recall(transcript)
         live = transcript.live()
         entry.pid = live.pid
         holder = Leaseholder.NOBODY
@@ -410,7 +425,9 @@ class Processes(ABC):
             self.move(entry, Event.VANISHED)
             return
         if pidfd is not None:
-            self._adopt(entry, Handles({"pidfd": pidfd}), kept=False)
+            self._adopt(entry, Handles({"pidfd": pidfd}), kept=True)
+            # Its spawner may have died before it had the keeper keep anything.
+            self._world.keep(transcript.facts.mark, [*entry.handles.held().values()])
         entry.pid = live.pid
         self._started(entry, Event.STARTED_ALONE)
 
@@ -512,6 +529,12 @@ class Processes(ABC):
             self._expire_ended(self.threads[held.key[0]])
         else:
             entry.tell()
+        if held.transcript.live().told and not entry.told:  # by whom, a broker knew that has died
+            asyncio.get_running_loop().call_later(REPEATED_WITHIN, self._settle_told, entry)
+
+    def _settle_told(self, entry: Entry) -> None:
+        entry.told = True
+        self.settle(entry)
 
     def settle(self, entry: Entry) -> None:
         """Let a process go that we hold, if its end and all its output were in answers."""

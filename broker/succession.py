@@ -19,6 +19,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..common import channel, ending
 from ..common.channel import open_parcel, parcel_rows, parcels
@@ -30,6 +31,8 @@ from .peers import Peer
 
 # Seconds that a successor has from the last parcel until it serves.  It has loaded everything by then.
 READY_DEADLINE = 60.0
+# Bytes of the log in which a dead program's last line is looked for.
+_LAST_WORDS_MAX = 4096
 # Seconds between two looks at whether the predecessor has come up far enough to be asked, or has gone.
 _LOOK = 0.02
 
@@ -60,9 +63,9 @@ class Succession:
     line: socket.socket | None
     upgrade: bool
 
-    async def hand_over(self, lock: int) -> str:
+    async def hand_over(self, lock: int, log: Path) -> str:
         """Hand everything over; return why the successor did not come up, empty when it did."""
-        link = self.successor.channel
+        link, since = self.successor.channel, end_of(log)
         try:
             held = {key: handles.held() for key, handles in self.handles.items()}
             for parcel in parcels(held):
@@ -75,7 +78,7 @@ class Succession:
             packet = link.receive()
             if packet is not None and packet.kind == "ready":
                 return ""
-            raise HandoffError("it died while it came up; see the log")
+            raise HandoffError(f"it died while it came up{last_words(log, since)}")
         except (OSError, HandoffError, PeerError) as error:
             await self._end_successor()
             return str(error)
@@ -98,6 +101,22 @@ class Succession:
             handles.close()
         if self.line:
             self.line.close()
+
+
+def end_of(log: Path) -> int:
+    """Return where the log ends, for `last_words`."""
+    with suppress(OSError):
+        return log.stat().st_size
+    return 0
+
+
+def last_words(log: Path, since: int) -> str:
+    """Return what a program that has died may have died of: the last line in the log, or where to look."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(since, end_of(log) - _LAST_WORDS_MAX))
+        if words := file.read().decode("utf-8", "replace").strip():
+            return f": {words.splitlines()[-1]} (see {log})"
+    return f"; see {log}"
 
 
 def take_over(paths: Paths) -> Inheritance | None:
@@ -131,10 +150,12 @@ def take_over(paths: Paths) -> Inheritance | None:
                 )
             else:
                 raise PeerError(f"the running broker refused: {packet.message.get('message')}")
-    except (OSError, HandoffError) as error:
+    except (OSError, HandoffError, PeerError) as error:
         for handles in handed:
             handles.close()
         link.close()
+        if isinstance(error, PeerError):
+            raise
         if isinstance(error, TimeoutError):
             raise PeerError(f"the running broker does not hand over within {READY_DEADLINE:.0f} s") from None
         return None

@@ -125,7 +125,9 @@ class Workers(Processes):
         if thread.worker and thread.worker is not peer:
             thread.worker.hang_up()
         thread.worker = peer
-        thread.expected = False
+        if thread.expected:
+            thread.expected = False
+            self.lose_missing()
         thread.hung_up = 0
         for entry in list(thread.entries.values()):
             self.watches.look(entry.key)  # what was found while no broker was there to be told
@@ -198,14 +200,19 @@ class Workers(Processes):
 
     def _resolve_starts(self, thread: Thread, epoch: int) -> None:
         """Once worker and spawners of this epoch are all gone, what has not started never will."""
-        if not self._world.epoch_is_over(thread.thread_id, epoch):
+        if epoch not in thread.unfinished:
             thread.unfinished.add(epoch)
-            asyncio.get_running_loop().call_later(_LOOK, self._resolve_starts, thread, epoch)
-            return
+            self.spawn(self._resolve_when_over(thread, epoch))
+
+    async def _resolve_when_over(self, thread: Thread, epoch: int) -> None:
+        while not self._world.epoch_is_over(thread.thread_id, epoch):
+            await asyncio.sleep(_LOOK)
+        await self._world.hear_keeper()  # the last of a spawner may be with it
         thread.unfinished.discard(epoch)
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.state is State.STARTING:
                 self._resolve_start(entry)
+        self.lose_missing()
         thread.tell()
 
     def dismiss(self, thread: Thread) -> None:

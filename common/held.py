@@ -34,6 +34,9 @@ GRACE = 0.1
 # parent records within milliseconds of the end unless it is stopped.
 RECORD_GRACE = 2.0
 _RECORD_LOOK = 0.02
+# Seconds after which an ended process is let go whose end was in an answer that perhaps nobody heard: a caller that
+# lost its broker asks again as soon as there is the next one.
+REPEATED_WITHIN = 10.0
 # Bytes of one line that a terminal in canonical mode takes; the kernel cuts the rest without an error.
 CANONICAL_MAX = 4095
 
@@ -374,6 +377,8 @@ class Held:
             warnings.append(f"output cannot be written down, so the program waits: {self.pump.refusal.strerror}")
         if end > delivered:
             transcript.deliver(end)
+        if ended:
+            transcript.record_told()
         return Response(
             thread=transcript.facts.thread_id,
             process_id=self.process_id,

@@ -406,15 +406,6 @@ class Welcome(Body, frozen=True, kw_only=True):
         return {str(int.from_bytes(self.used[at : at + 5], "little")) for at in range(0, len(self.used), 5)}
 
 
-class Begin(Body, frozen=True, kw_only=True):
-    """A process was started."""
-
-    process_id: Text
-    call_id: Text
-    pid: int
-    argv: list[bytes]
-
-
 class Delta(Body, frozen=True, kw_only=True):
     """A piece of output, at most 8 KiB, whole UTF-8 characters; `seq` counts per call."""
 
@@ -498,7 +489,7 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     CancelRun,
     Bye,
 )
-FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Begin, Delta, Matched, Ended, Collected, Orphaned)
+FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Delta, Matched, Ended, Collected, Orphaned)
 
 
 def op_of(body: type[Body]) -> str:

@@ -114,6 +114,11 @@ class Notifier:
         self._path = SocketPath(Path(path)) if path else None
         self._socket: socket.socket | None = None
 
+    @property
+    def there(self) -> bool:
+        """Whether there should be a keeper."""
+        return self._path is not None
+
     def tell(self, fields: Fields, fds: Sequence[int] = ()) -> bool:
         """Send; `False` when there is no keeper, or it takes nothing within `SEND_DEADLINE`."""
         if self._path is None:

@@ -17,6 +17,7 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
         80     4  lease pid       lease holder
         84     4  lease epoch     lease holder  of the thread; 0 for the broker
         88     4  lease valid     lease holder  0: released
+        92     4  told            lease holder  1 once an answer has told of its end
         96     8  delivered       lease holder  bytes of the stream that the agent has had
        104    32  holes           lease holder  from, to, from, to: offsets of the stream
        136     8  typed           lease holder  bytes accepted as input
@@ -75,9 +76,9 @@ _U32 = struct.Struct("<I")
 _TYPED = struct.Struct("<QQ")
 _HOLES = struct.Struct("<QQQQ")
 _OUTCOME = struct.Struct("<IiQI")
-_LIVE = struct.Struct("<II QIII4x Q QQQQ QQ I4x IiQI4x 128s")
+_LIVE = struct.Struct("<II QIIII Q QQQQ QQ I4x IiQI4x 128s")
 _MATCH = struct.Struct("<IIQ")
-_PIPES_AT, _PID_AT, _LEASE_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT = 24, 64, 72, 96, 104, 136
+_PIPES_AT, _PID_AT, _LEASE_AT, _TOLD_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT = 24, 64, 72, 92, 96, 104, 136
 _BY_AT, _OUTCOME_AT, _REASON_AT, _MARKED_AT = 152, 160, 184, 312
 _SCANNED_AT, _OUTPUT_AT, _MATCHES_AT = 320, 328, 336
 # Output rules that may be looked for at once.
@@ -247,6 +248,7 @@ class Live:
     pid: int
     started: bool
     lease: Lease | None
+    told: bool
     delivered: int
     holes: tuple[Gap, ...]
     typed: int
@@ -351,6 +353,7 @@ class Transcript:
             lease_pid,
             lease_epoch,
             lease_valid,
+            told,
             delivered,
             a_from,
             a_to,
@@ -378,6 +381,7 @@ class Transcript:
             pid,
             bool(started),
             Lease(lease_pid, lease_start, lease_epoch) if lease_valid else None,
+            bool(told),
             delivered,
             tuple(Gap(start, end) for start, end in ((a_from, a_to), (b_from, b_to)) if end > start),
             typed,
@@ -423,6 +427,10 @@ class Transcript:
     def deliver(self, offset: int) -> None:
         """Record that the agent has had everything before `offset`."""
         os.pwrite(self.fd, _U64.pack(offset), _DELIVERED_AT)
+
+    def record_told(self) -> None:
+        """Record that an answer, which may or may not arrive, tells of the end."""
+        os.pwrite(self.fd, _U32.pack(1), _TOLD_AT)
 
     def count_typed(self, total: int, typing: int | None = None) -> None:
         """Record how many bytes of input were accepted so far, and how many will be if a write takes all.

@@ -48,6 +48,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "roundtrip": latency.roundtrip,
     "handoff": latency.handoff,
     "crash": latency.crash,
+    "broker": latency.broker_crash,
     "memory": footprint.memory,
     "wakeups": footprint.wakeups,
     "help": latency.help_text,

@@ -1,4 +1,4 @@
-"""What outlive is for, as a story on the terminal: two threads, five processes, two killed workers.
+"""What outlive is for, as a story on the terminal: two threads, five processes, and who is killed under them.
 
 Every claim is checked by what can be seen from outside, and printed with what was seen; the first that fails
 ends the story with exit status 1.  Nothing is left running, whatever happens.
@@ -20,9 +20,9 @@ import outlive
 
 from . import home
 
-# The build: so many numbered lines, in bursts, for about eight seconds; slow enough to be read as it prints.
-LINES = 400_000
-BURSTS = 200
+# The build: so many numbered lines, in bursts, for about twelve seconds; slow enough to be read as it prints.
+LINES = 600_000
+BURSTS = 300
 EXIT_CODE = 43
 # A number of 15 digits, and the CR LF that a terminal makes of a newline.
 WIDTH = 17
@@ -143,15 +143,23 @@ async def pids_of(host: outlive.Host) -> dict[str, int | None]:
     return {f"{row.thread}/{row.process_id}": row.pid for row in await host.processes()}
 
 
-async def printed(thread: outlive.Thread, process_id: str, beyond: int = 0) -> int:
-    """Wait until a process has printed more than `beyond` bytes, and return how many."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        found = sum(row.bytes_written for row in await thread.processes() if row.process_id == process_id)
-        if found > beyond:
-            return found
-        await asyncio.sleep(POLL)
-    return beyond
+class Flood:
+    """The build, and how much it had printed when that was last asked."""
+
+    def __init__(self, thread: outlive.Thread, process_id: str) -> None:
+        self.thread = thread
+        self.process_id = process_id
+        self.written = 0
+
+    async def printed(self) -> int:
+        """Wait until it has printed more than when this was last asked, and return how much."""
+        deadline = time.monotonic() + PATIENCE
+        before = self.written
+        while self.written <= before and time.monotonic() < deadline:
+            await asyncio.sleep(POLL)
+            rows = await self.thread.processes()
+            self.written = sum(row.bytes_written for row in rows if row.process_id == self.process_id)
+        return self.written
 
 
 async def ask(thread: outlive.Thread, process_id: str, line: str, *, resume: bool = True) -> str:
@@ -167,6 +175,15 @@ async def kill_worker(thread: outlive.Thread) -> int:
     os.kill(pid, signal.SIGKILL)
     tell(f"kill -9 {pid}, the worker of thread {thread.thread_id}")
     return pid
+
+
+async def nobody_noticed(host: outlive.Host, pids: dict[str, int | None], flood: Flood) -> None:
+    """Claim that every child is the process it was, and that the build prints on."""
+    now = await pids_of(host)
+    same = {name: pid for name, pid in pids.items() if name in now}
+    claim("every child is the process it was", len(now) == 4 and now == same, f"pids {[*now.values()]}")
+    written, later = await flood.printed(), await flood.printed()
+    claim("the build prints on", 0 < written < later, f"{written} bytes, then {later}")
 
 
 @asynccontextmanager
@@ -185,7 +202,6 @@ async def story(host: outlive.Host, folder: Path) -> None:
     """Tell the story; raises `ClaimFailed`."""
     page = b"still here\n"
     (folder / "page.txt").write_bytes(page)
-    broker = (await host.status())["broker_pid"]
 
     chapter("Two threads start what agents start")
     build, web = await host.thread("build"), await host.thread("web")
@@ -202,29 +218,55 @@ async def story(host: outlive.Host, folder: Path) -> None:
     repl = await build.exec_command([python, "-q", "-i"], tty=True, yield_time_ms=500)
     await ask(build, repl.process_id, "x = 6 * 7")
     tell(f"build: a Python REPL, process {repl.process_id}, where x = 6 * 7")
-    flood = await build.exec_command([python, "-c", BUILD], tty=True, yield_time_ms=250)
+    started = await build.exec_command([python, "-c", BUILD], tty=True, yield_time_ms=250)
+    flood = Flood(build, started.process_id)
     tell(f"build: a build, process {flood.process_id}, that prints {LINES} numbered lines")
     pids = await pids_of(host)
 
     visitor, reader = Visitor(int(port[1]), page), Reader(build, flood.process_id)
     async with in_background(visitor, reader) as reading:
         chapter("Their workers are killed, in the middle of everything")
-        written = await printed(build, flood.process_id)
+        await flood.printed()
         dead = [await kill_worker(build), await kill_worker(web)]
         began = time.monotonic()
         row = await build.resume()
         tell(f"thread build has its next worker, {row.worker_pid}, after {time.monotonic() - began:.2f} s")
-        later = await printed(build, flood.process_id, written)
-        claim("the build was printing, and prints on", 0 < written < later, f"{written} bytes, then {later}")
+        await nobody_noticed(host, pids, flood)
         answer = await ask(build, repl.process_id, "print('x is', x)")
         claim(f"the REPL knows its variable, as process {repl.process_id}", "x is 42" in answer, answer)
         answer = await ask(web, shell.process_id, 'echo "$word in $PWD"')
         claim(f"the shell knows its own, as process {shell.process_id}", "kept in /usr/lib" in answer, answer)
-        now = await pids_of(host)
-        same = {name: pid for name, pid in pids.items() if name in now}
-        claim("every child is the process it was", len(now) == 4 and now == same, f"pids {[*now.values()]}")
         alive = [await worker_of(build), await worker_of(web)]
         claim("the workers are new ones", not set(dead) & set(alive), f"{dead} → {alive}")
+
+        chapter("The broker is killed, while one thread works and the other sleeps")
+        await web.detach()
+        tell("web sleeps: it has no worker, and only the broker holds its server and its shell")
+        before = await host.status()
+        os.kill(before["broker_pid"], signal.SIGKILL)
+        tell(f"kill -9 {before['broker_pid']}, the broker")
+        began = time.monotonic()
+        after = await host.status()
+        tell(f"the next one answers after {time.monotonic() - began:.2f} s")
+        kept = before["keeper_pid"] == after["keeper_pid"] and before["broker_pid"] != after["broker_pid"]
+        claim("its keeper has started it", kept, f"broker {after['broker_pid']}, keeper {after['keeper_pid']}")
+        await nobody_noticed(host, pids, flood)
+        worker = await worker_of(build)
+        claim("build has the worker it had", worker == alive[0], worker)
+        answer = await ask(build, repl.process_id, "print('x was', x)")
+        claim("its REPL answers", "x was 42" in answer, answer)
+        await ask(web, shell.process_id, "word=typed", resume=False)
+        claim("web's shell takes input, and nobody is woken", await worker_of(web) is None, "word=typed")
+
+        chapter("outlive is upgraded, under all of them")
+        before, after = after, await host.upgrade()
+        new = before["keeper_pid"] == after["keeper_pid"] and before["broker_pid"] != after["broker_pid"]
+        claim("a new broker has taken over", new, f"broker {before['broker_pid']} → {after['broker_pid']}")
+        await nobody_noticed(host, pids, flood)
+        worker = await worker_of(build)
+        claim("build has the worker it had", worker == alive[0], worker)
+        answer = await ask(web, shell.process_id, 'echo "$word in $PWD"')
+        claim("web's shell knows what was typed before, and wakes up", "typed in /usr/lib" in answer, answer)
 
         chapter("The build ends")
         outcome = await build.wait(flood.process_id, PATIENCE + 20)
@@ -267,7 +309,7 @@ async def story(host: outlive.Host, folder: Path) -> None:
     outcome = await build.wait(repl.process_id, PATIENCE)
     claim("shutdown ends what is attached", outcome.by == "shutdown", f"{outcome.sentence()}, by: {outcome.by}")
     down = await host.down()
-    claim("nothing lives, so the broker goes down", down["ended"] == [], f"broker {broker}")
+    claim("nothing lives, so the broker goes down", down["ended"] == [], f"broker {after['broker_pid']}")
 
 
 def visits(visitor: Visitor) -> str:

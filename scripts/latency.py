@@ -250,6 +250,54 @@ async def crash(bench: Bench) -> list[Row]:
     ]
 
 
+async def broker_crash(bench: Bench) -> list[Row]:
+    """`kill -9` of the broker until a call is answered; and an upgrade, as a caller feels it."""
+    times: dict[str, list[float]] = {"status": [], "exec /bin/true": [], "typed input echoed": []}
+    upgrades: list[float] = []
+    async with connect() as host:
+        thread = await host.thread("crash")
+        (echo,) = await start_all(thread, ECHO, 1)
+        await first_output(thread, [echo])
+        for _ in bench.repeat(12, 3):
+            for what, taken in times.items():
+                broker: int = (await host.status())["broker_pid"]
+                offset = (await thread.read_output(echo, 0)).written
+                start = time.perf_counter()
+                os.kill(broker, signal.SIGKILL)
+                if what == "status":
+                    await host.status()
+                elif what == "exec /bin/true":
+                    await thread.exec_command(TRUE)
+                else:
+                    typing = asyncio.create_task(_type(thread, echo))
+                    await thread.read_output(echo, offset, wait_ms=30_000)
+                taken.append((time.perf_counter() - start) * 1e3)
+                if what == "typed input echoed":
+                    await typing
+        for _ in bench.repeat(6, 2):
+            upgrading = asyncio.create_task(host.upgrade())
+            longest = 0.0
+            while not upgrading.done():
+                start = time.perf_counter()
+                await thread.exec_command(TRUE)
+                longest = max(longest, (time.perf_counter() - start) * 1e3)
+            await upgrading
+            upgrades.append(longest)
+    return [
+        *(
+            row(
+                f"kill -9 of the broker to {what}",
+                taken,
+                "ms",
+                target="< 500 ms",
+                holds=lambda value: value < 500,
+            )
+            for what, taken in times.items()
+        ),
+        row("slowest exec /bin/true beside an upgrade", upgrades, "ms"),
+    ]
+
+
 async def _worker_up(events: AsyncIterator[dict[str, Any]], epoch: int) -> float:
     async for event in events:
         if event["event"] == "worker" and event["what"] == "up" and event["epoch"] > epoch:

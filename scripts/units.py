@@ -17,12 +17,11 @@ from pathlib import Path
 
 from ..broker.keeper import NEEDED
 from ..common.errors import BadRequest
+from ..common.notify import STORE_MAX
 from ..common.unit import RUN, SERVES
 
 # Since when a stopped unit's store can be kept (`systemctl stop`, a package that stops and starts).
 PRESERVE_SINCE = 254
-# Descriptors: seven for each of a thousand processes with room to spare; systemd's default is none at all.
-STORED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,8 @@ def render(service: Service) -> str:
         ("ExecStart", " ".join([_quoted(program), *(_argument(word) for word in arguments)])),
         *(("Environment", _quoted(f"{name}={value}")) for name, value in sorted(service.environment.items())),
         *([("User", str(service.uid))] if system else []),
-        ("FileDescriptorStoreMax", str(STORED_MAX)),
+        # As many as the keeper keeps; systemd's default is none at all.
+        ("FileDescriptorStoreMax", str(STORE_MAX)),
         *([("FileDescriptorStorePreserve", "yes")] if service.systemd >= PRESERVE_SINCE else []),
         # However the keeper ended, it was not the end of its processes; unless it says that it holds nothing, which
         # is so after `outlive down`.

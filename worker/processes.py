@@ -35,10 +35,9 @@ from ..common.errors import (
     SpawnError,
     UnknownProcess,
 )
-from ..common.held import Held, exec_yield, write_yield
+from ..common.held import REPEATED_WITHIN, Held, exec_yield, write_yield
 from ..common.messages import (
     AddedRule,
-    Begin,
     Body,
     Collected,
     ExecCommand,
@@ -312,9 +311,11 @@ class ProcessManager:
             elif managed.watch.offset is None:
                 managed.watch.offset = managed.held.pump.written
 
-    def ended_here(self) -> list[Managed]:
-        """The ended processes that nobody has collected: a new broker must hear of them again."""
-        return [managed for managed in self._processes.values() if managed.held.ended]
+    def tell_of_ends(self) -> None:
+        """Tell a new broker, which cannot know, of the ended processes that nobody has collected."""
+        for managed in list(self._processes.values()):
+            if managed.held.ended:
+                self._ended(managed.held)
 
     def deposits(self) -> dict[tuple[str, str], dict[str, int]]:
         """Return all descriptors, on loan, for a broker that has none of them."""
@@ -343,7 +344,7 @@ class ProcessManager:
             self._make_room(warnings)
             handles = await self._nursery.start(order)
             try:
-                self._adopt(self._hold(handles), 0, 0 if self._deltas else None, call_id=call.call_id)
+                self._adopt(self._hold(handles), 0, 0 if self._deltas else None)
             except BaseException:
                 handles.close()
                 raise
@@ -443,14 +444,7 @@ class ProcessManager:
             on_found=lambda held: self._send(Matched(process_id=held.process_id)),
         )
 
-    def _adopt(
-        self,
-        held: Held,
-        seq: int,
-        offset: int | None,
-        call_id: str | None = None,
-        added: Sequence[AddedRule] = (),
-    ) -> None:
+    def _adopt(self, held: Held, seq: int, offset: int | None, added: Sequence[AddedRule] = ()) -> None:
         facts = held.transcript.facts
         if self._deltas and offset is None:
             offset = held.pump.written
@@ -461,9 +455,6 @@ class ProcessManager:
         self._calls[facts.call_id] = held.process_id
         # Collected, and here again: the broker died before it had recorded that.
         self._collected.pop(facts.call_id, None)
-        if call_id is not None:
-            pid = held.transcript.live().pid
-            self._send(Begin(process_id=held.process_id, call_id=call_id, pid=pid, argv=list(facts.argv)))
         try:
             held.begin(self._lease, added)
         except BaseException:
@@ -479,6 +470,12 @@ class ProcessManager:
         managed = self._processes.get(held.process_id) or self._going.get(held.process_id)
         if managed:
             managed.watch.ended(held.pump.written)
+            if held.transcript.live().told:  # to whom, a broker knew that has died
+                asyncio.get_running_loop().call_later(REPEATED_WITHIN, self._settle_told, held.process_id)
+
+    def _settle_told(self, process_id: str) -> None:
+        self._answered.add(process_id)
+        self.settle()
 
     def _talked(self, process_id: str) -> None:
         self._talking[process_id] -= 1

@@ -104,8 +104,7 @@ class Session:
         self.manager.used |= welcome.ids()
         self._nursery.use_broker(channel)
         self.manager.want_deltas(welcome.deltas)
-        for managed in self.manager.ended_here():  # the former broker may have known; this one does not
-            managed.watch.ended(managed.held.pump.written)
+        self.manager.tell_of_ends()
 
     def _orphaned(self, facts: Facts) -> None:
         self._link.send(Orphaned(process_id=facts.process_id))

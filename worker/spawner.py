@@ -10,14 +10,14 @@ worker's own channel to the broker, which it was given a copy of.
                        failed    number, stage, message
     to the broker      deposit   a parcel: first what was made before the fork, then what the fork made
                        undeposit the process never ran
-    to the keeper      the same descriptors, before the broker gets them: `common.notify`
+    to the keeper      all of them once it runs, before the broker gets the last: `common.notify`
 
 Always true
     What exists before the fork is deposited before the fork, and the child says that it runs before it executes
     its program: whatever dies in between, the header tells whether the command may be started again.
     A forked child that has not said so dies with its spawner.
     An outcome is recorded before its process is reaped.
-    What was deposited is with the keeper before it is with the broker, so that both broker and worker may die; a
+    What runs is with the keeper before the broker is told that it runs, so that both broker and worker may die; a
     broker that died before it took the deposit is replaced by one to which the keeper hands it.
     When the worker's end closes, the spawner finishes what it is doing and ends, so that its children are
     adopted by whoever can go on recording.
@@ -182,7 +182,9 @@ class Spawner:
                 handles.transcript = Transcript.create(facts, lease, **pipes)
             except ValueError as error:
                 raise SpawnError(str(error), "prepare") from None
-            self._deposit(facts, handles.held(), strict=True)
+            early = handles.held()
+            # The keeper is spared what may not come to run, unless there is no broker to hold it.
+            kept = not self._deposit(facts, early, strict=True) and self._keep(facts, early)
             command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits, os.getpid())
             if facts.tty:
                 handles.terminal, pid = _fork_on_terminal(command)
@@ -192,18 +194,23 @@ class Spawner:
             if output_write >= 0:
                 os.close(output_write)
         handles.pidfd = os.pidfd_open(pid)
-        late = {"pidfd": handles.pidfd}
-        if facts.tty:
-            late = {"terminal": handles.terminal, **late}
         # It runs: from here on nothing may stop us from telling the worker.
-        self._deposit(facts, late, strict=False)
+        late = {role: fd for role, fd in handles.held().items() if role not in early}
+        stored = self.keeper.store(facts.mark, [*(late if kept else handles.held()).values()])
+        if not self._deposit(facts, late) and stored:
+            self._forward(facts)
         return pid
 
-    def _deposit(self, facts: Facts, held: dict[str, int], *, strict: bool) -> None:
+    def _deposit(self, facts: Facts, held: dict[str, int], *, strict: bool = False) -> bool:
         rows, fds = parcel_rows({(facts.thread_id, facts.process_id): held})
-        kept = self.keeper.store(facts.mark, fds)
-        if not self._tell_broker("deposit", fds, strict=strict, processes=rows, kept=kept) and kept:
-            self.keeper.tell({"FORWARD": "1", "FDNAME": notify.name_of(facts.mark)})
+        return self._tell_broker("deposit", fds, strict=strict, processes=rows, kept=self.keeper.there)
+
+    def _keep(self, facts: Facts, held: dict[str, int]) -> bool:
+        return self.keeper.store(facts.mark, [*held.values()]) and self._forward(facts)
+
+    def _forward(self, facts: Facts) -> bool:
+        """Have the keeper hand what it keeps to the broker that comes, or has come, after ours."""
+        return self.keeper.tell({"FORWARD": "1", "FDNAME": notify.name_of(facts.mark)})
 
     def _tell_broker(self, kind: str, fds: list[int] | None = None, *, strict: bool = False, **fields: Any) -> bool:
         """Send to the broker; `False` when there is none: a dead one is forgotten, the worker finds the next."""

@@ -15,13 +15,12 @@ from pathlib import Path
 from ...common import launch
 from ...common.config import Config
 from ...common.descriptors import ROLES
+from ...common.notify import STORE_MAX
 from ...common.transcript import Limits as Kept
 from .finding import Finding, Severity
 
-# Descriptors that the broker keeps free (`broker.loop.RESERVE`), and how many the keeper stores at most
-# (systemd's `FileDescriptorStoreMax=` in our units is the same).
+# Descriptors that the broker keeps free (`broker.loop.RESERVE`).
 RESERVE = 64
-STORE_MAX = 10_000
 # Processes that should fit: one thread full of them (`max_processes`), and a few more threads.
 _WANTED = 256
 _FEW = 64

@@ -17,13 +17,14 @@ from contextlib import suppress
 
 import outlive
 from outlive.common.errors import PeerError
+from outlive.common.held import REPEATED_WITHIN
 from outlive.common.transcript import Transcript
 
 from .scene import Scene
 from .victims import Victims
 
 # Seconds until everybody must have closed what the last process left them.
-SETTLED_WITHIN = 10.0
+SETTLED_WITHIN = REPEATED_WITHIN + 10.0
 # What a command that leaves nothing behind is.
 NOTHING = ("/bin/sh", "-c", "exit 0")
 

@@ -288,8 +288,6 @@ class Imp:
             brokers, keepers = self.victims.brokers(), self.victims.keepers()
             seen = status["broker_pid"], status["keeper_pid"], brokers, keepers
             if [one.pid for one in brokers] == [status["broker_pid"]]:
-                if status["keeper_pid"] is None and not keepers:  # none is meant to be
-                    return brokers[0], None
                 parent = parent_of(brokers[0].pid)
                 if [one.pid for one in keepers] == [status["keeper_pid"]] == [parent]:
                     return brokers[0], keepers[0]

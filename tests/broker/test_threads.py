@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from outlive.broker import lifecycle
+from outlive.broker import lifecycle, processes
 from outlive.broker.custody import Holder, State
 from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
@@ -82,6 +82,9 @@ class World:
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         return epoch not in self.living
 
+    async def hear_keeper(self) -> None:
+        """There is none."""
+
     def notice_deaths(self) -> None:
         """They are told by the test."""
 
@@ -139,6 +142,15 @@ class Stage:
         self.manager.worker_died("t", peer.epoch, "SIGKILL")
         if spawner_too:
             self.close_channel(peer)
+
+    async def die_with_spawner(self) -> None:
+        """Have both die, and wait until the broker has made up its mind about what they were starting."""
+        self.die(spawner_too=True)
+        await self.made_up()
+
+    async def made_up(self) -> None:
+        while self.thread.unfinished:
+            await asyncio.sleep(0)
 
     def close_channel(self, peer: Peer) -> None:
         peer.close()
@@ -235,8 +247,9 @@ async def test_a_start_without_the_mark_never_ran(stage: Stage, channel_first: b
     if channel_first:
         stage.close_channel(peer)
         stage.die()
+        await stage.made_up()
     else:
-        stage.die(spawner_too=True)
+        await stage.die_with_spawner()
     assert "1000" not in stage.thread.entries
     assert "1000" in stage.thread.journal.ids, "the id is not given out again"
 
@@ -250,8 +263,9 @@ async def test_a_start_with_the_mark_whose_process_lives_is_found(stage: Stage, 
     if channel_first:
         stage.close_channel(peer)
         stage.die()
+        await stage.made_up()
     else:
-        stage.die(spawner_too=True)
+        await stage.die_with_spawner()
     entry = stage.entry("1000")
     assert (entry.state, entry.custody.holder) == (State.DETACHED, Holder.BROKER)
     assert kernel.pidfd_pid(entry.handles.pidfd) == entry.pid == kernel.pidfd_pid(late.pidfd)
@@ -267,7 +281,7 @@ async def test_a_start_with_the_mark_that_has_not_executed_its_program_yet_is_fo
     late = stage.children.late(early, "/bin/sleep", "1000", executed=False)
     stage.deposit(early, "1000")
     early.close()
-    stage.die(spawner_too=True)
+    await stage.die_with_spawner()
     entry = stage.entry("1000")
     assert (entry.state, entry.custody.holder) == (State.DETACHED, Holder.BROKER)
     signal.pidfd_send_signal(late.pidfd, signal.SIGKILL)
@@ -328,12 +342,33 @@ async def test_a_start_with_the_mark_of_which_nothing_is_found_is_lost_and_keeps
     mark_started(early.transcript, (1 << 22) + 1)
     stage.deposit(early, "1000")
     early.close()
-    stage.die(spawner_too=True)
+    await stage.die_with_spawner()
     entry = stage.entry("1000")
     assert entry.state is State.ENDED
     outcome = entry.outcome
     assert outcome is not None
     assert (outcome.kind, outcome.code, outcome.signal) == ("lost", None, None)
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_start_of_which_nothing_is_found_waits_for_the_keepers_word_before_it_is_lost(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setattr(processes, "KEEPERS_WORD", 0.0)
+    monkeypatch.setattr(stage.world, "keeper_pid", 1)
+    await stage.wake()
+    pid = (1 << 22) + 1
+    early = stage.children.early("1000")
+    mark_started(early.transcript, pid)
+    stage.deposit(early, "1000")
+    stage.die(spawner_too=True)
+    assert stage.entry("1000").state is State.STARTING
+    if told:  # it is on its way while the broker looks for what it has found
+        stage.manager.orphan_ended(pid, 1, 42 << 8)
+    await stage.ended("1000")
+    outcome = stage.entry("1000").outcome
+    assert outcome == (Outcome("exited", code=42) if told else Outcome.lost("its pidfd was never received"))
+    early.close()
 
 
 async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None:
@@ -342,7 +377,7 @@ async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None
     mark_started(early.transcript, os.getppid())  # somebody without the mark and the transcript
     stage.deposit(early, "1000")
     early.close()
-    stage.die(spawner_too=True)
+    await stage.die_with_spawner()
     outcome = stage.entry("1000").outcome
     assert outcome is not None
     assert outcome.kind == "lost"

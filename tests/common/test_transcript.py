@@ -95,13 +95,14 @@ def test_a_written_header_is_these_bytes(children: Children) -> None:
     transcript = children.transcript()
     mark_started(transcript.fd, 0x01020304)
     transcript.take_lease(Lease(pid=5, start_time=0x0102030405060708, epoch=9))
+    transcript.record_told()
     transcript.deliver(0x1112131415161718)
     transcript.count_typed(3, 8)
     transcript.record_by("cleaned")
     transcript.record_outcome(Outcome("signaled", signal=9))
     raw = os.pread(transcript.fd, 512, 0)
     assert raw[64:72] == bytes.fromhex("04030201 01000000")
-    assert raw[72:92] == bytes.fromhex("0807060504030201 05000000 09000000 01000000")
+    assert raw[72:96] == bytes.fromhex("0807060504030201 05000000 09000000 01000000 01000000")
     assert raw[96:104] == bytes.fromhex("1817161514131211")
     assert raw[136:152] == bytes.fromhex("0300000000000000 0800000000000000")
     assert raw[152:156] == bytes.fromhex("03000000")  # the third of BYS
@@ -144,7 +145,7 @@ def test_a_header_of_these_bytes_is_understood() -> None:
     raw = bytearray(PAGE + 3)
     raw[:20] = b"OUTLIVE\0" + bytes.fromhex("0100 0000 00100000") + len(STATIC).to_bytes(4, "little")
     raw[64:72] = bytes.fromhex("04030201 01000000")
-    raw[72:92] = bytes.fromhex("0200000000000000 05000000 09000000 01000000")
+    raw[72:96] = bytes.fromhex("0200000000000000 05000000 09000000 01000000 01000000")
     raw[96:104] = bytes.fromhex("0700000000000000")
     raw[104:136] = struct.pack("<QQQQ", 10, 20, 30, 40)
     raw[136:152] = struct.pack("<QQ", 6, 6)
@@ -158,7 +159,7 @@ def test_a_header_of_these_bytes_is_understood() -> None:
         assert transcript.facts == SPOKEN
         assert transcript.written == 3
     assert (live.pid, live.started, live.lease) == (0x01020304, True, Lease(5, 2, 9))
-    assert (live.delivered, live.typed, live.typing) == (7, 6, 6)
+    assert (live.told, live.delivered, live.typed, live.typing) == (True, 7, 6, 6)
     assert live.holes == (Gap(10, 20), Gap(30, 40))
     assert live.outcome == Outcome("lost", reason="reason", by="caller")
     assert live.ended_at_ns == 9

@@ -13,13 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from outlive.common import kernel
 from outlive.common.config import Config
 from outlive.common.descriptors import Handles
 from outlive.common.held import Held
-from outlive.common.messages import Begin, Body, Ended, ExecCommand, WriteStdin
+from outlive.common.messages import Body, Ended, ExecCommand, WriteStdin
 from outlive.common.pump import Pump, Pumps
 from outlive.common.response import Response
 from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript
@@ -222,21 +223,17 @@ class House:
         for desk in self.desks:
             await desk.manager.terminate_all_processes()
             desk.manager.close()
-            for begun in desk.said:
-                if isinstance(begun, Begin):
-                    end_if_ours(begun)
+        end_children(self.nursery)
         await close_nursery(self.nursery)
         self.pumps.close()
 
 
-def end_if_ours(begun: Begin) -> None:
+def end_children(nursery: Nursery) -> None:
     """Kill what a test exported and nobody took: no manager ends it."""
-    with suppress(OSError):
-        pidfd = os.pidfd_open(begun.pid)
-        with open(f"/proc/{begun.pid}/environ", "rb") as file:
-            if b"OUTLIVE_PROCESS=" + begun.process_id.encode() in file.read().split(b"\0"):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
+    for pid in nursery.pids:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(pid).children(recursive=True):
+                child.kill()
 
 
 @pytest.fixture

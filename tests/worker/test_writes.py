@@ -10,7 +10,7 @@ import pytest
 from outlive.common import kernel
 from outlive.common.errors import Interrupted, StdinClosed, UnknownProcess
 from outlive.common.response import Response
-from outlive.worker import writes
+from outlive.worker import processes, writes
 from outlive.worker.writes import Writes
 
 # Without an echo, so that what was typed is counted in what it prints.
@@ -153,6 +153,23 @@ async def test_an_answer_that_no_broker_heard_lets_nothing_go(house: Any) -> Non
     await desk.write(process_id, b"\x04", write_id="w")
     desk.manager.settle()
     assert desk.manager.process_ids == []
+
+
+async def test_who_did_not_hear_of_an_end_may_ask_again_and_then_it_is_let_go(
+    house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "REPEATED_WITHIN", 0)
+    desk = house.desk()
+    unread = (await desk.run("exit 3")).process_id
+    desk.manager.settle(lambda: False)
+    untold = await desk.start("read go; exit 4", tty=True)
+    await desk.held(untold).type(b"\n", float("inf"))
+    assert await desk.held(untold).until_ended()
+    assert desk.manager.process_ids == sorted([unread, untold])
+    desk.manager.tell_of_ends()  # as to the next broker
+    while unread in desk.manager.process_ids:
+        await asyncio.sleep(0)
+    assert desk.manager.process_ids == [untold]
 
 
 async def test_what_is_remembered_is_bounded_in_calls_and_in_bytes() -> None:
