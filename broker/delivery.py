@@ -27,7 +27,7 @@ import msgspec
 
 from ..common import kernel
 from ..common.config import Config
-from ..common.errors import BadRequest, OutliveError
+from ..common.errors import BadRequest, OutliveError, Unavailable
 from ..common.messages import CancelRun, Load, Run, Start, ThreadRow
 from ..common.program import Program, Wake, WakeMatch, WakeRow
 from ..common.rules import Exit, Rule
@@ -128,8 +128,11 @@ class Delivery:
     def _lost(self, row: dict[str, Any]) -> None:
         """A process was lost, so that its rules cannot come true any more: its end is told while one is open."""
         key = row["thread"], row["process_id"]
-        if any(not self._outbox.knows((*key, 0, rule)) for rule in row.get("wake_on", ())):
-            self._post((*key, 0, str(Exit())), {"outcome": row["outcome"]})
+        rules, end = row.get("wake_on", ()), str(Exit())
+        if not self._outbox.knows_rule(*key, end) and not all(
+            self._outbox.knows_rule(*key, rule) for rule in rules
+        ):
+            self._post((*key, 0, end), {"outcome": row["outcome"]})
 
     def _post(self, key: tuple[str, str, int, str], detail: dict[str, Any]) -> Letter | None:
         letter = self._outbox.new(key, detail, self._written)
@@ -481,10 +484,14 @@ class Delivery:
 
     async def _sleep(self, box: Box) -> None:
         """Send the thread to bed once no call needs its worker, unless a program does."""
-        while box.calls and box.thread.life.phase is not Life.ASLEEP:
-            await box.thread.changed()
-        if box.course.phase in (Phase.UNMANNED, Phase.RESTING, Phase.PAUSING):
-            await self._threads.put_to_bed(box.thread)
+        while True:
+            while box.calls and box.thread.life.phase is not Life.ASLEEP:
+                await box.thread.changed()
+            if box.course.phase not in (Phase.UNMANNED, Phase.RESTING, Phase.PAUSING):
+                return
+            with suppress(Unavailable):  # it is stopped, or stuck; that took a while
+                await self._threads.put_to_bed(box.thread)
+                return
 
 
 def _that_fit(letters: list[Letter]) -> list[Letter]:

@@ -55,6 +55,7 @@ LAST = "SELECT max(number), max(run) FROM wakes"
 _LATEST = f"SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) ORDER BY number DESC LIMIT ?"
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
+_BY_RULE = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND rule = ?"
 # The second clause only where the file could not be read when we looked.
 _PUT = f"""
 INSERT INTO wakes ({_COLUMNS}) VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, CAST(? AS TEXT))
@@ -197,6 +198,12 @@ class Outbox:
     def knows(self, key: tuple[str, str, int, str]) -> bool:
         """Tell whether this came true before."""
         return key in self._keys or bool(self._read(_BY_KEY, key))
+
+    def knows_rule(self, thread_id: str, process_id: str, rule: str) -> bool:
+        """Tell whether this rule of a process came true before, whichever setting of it."""
+        key = thread_id, process_id, rule
+        new = any((wake.thread_id, wake.process_id, wake.rule) == key for wake in self.wakes.values())
+        return new or bool(self._read(_BY_RULE, key))
 
     def of(self, thread_id: str) -> list[Letter]:
         """Return a thread's wakes that are not over, in their order."""

@@ -257,7 +257,7 @@ def shutdown(thread: str | None, everything: bool, as_json: bool) -> None:
     """End a thread's worker and processes.
 
     Its detached processes are left alone, unless --all is given. Without THREAD this ends everything of every
-    thread.
+    thread. A program is taken away, as by `outlive stop`: nothing is left to wake it for.
 
     \b
     Example: outlive shutdown build --all

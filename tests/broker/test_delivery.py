@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,12 @@ from outlive.broker.lifecycle import Life, Phase
 from outlive.broker.peers import WorkerGone
 from outlive.broker.records import Limits
 from outlive.broker.watches import Match
+from outlive.common import wire
 from outlive.common.config import Config
 from outlive.common.messages import Run, Start
 from outlive.common.outcome import Outcome
 from outlive.common.program import Program
-from outlive.common.rules import Exit
+from outlive.common.rules import Exit, Output
 
 PROGRAM = Program(argv=[b"program"])
 ENDED = Match(outcome=Outcome("exited", code=3))
@@ -62,6 +64,7 @@ class Machine:
         self.worker: Worker | None = None
         self.runs: list[Run] = []
         self.failures: list[str] = []
+        self.boot = "boot"
         self.dead = asyncio.Event()
         self._pids = 1000
 
@@ -85,7 +88,7 @@ class Threads:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self.journal = Journal(machine.path, Limits(3600, 1000, 1 << 30), "boot", lambda text: None)
+        self.journal = Journal(machine.path, Limits(3600, 1000, 1 << 30), machine.boot, lambda text: None)
         self.journal._writer.shutdown()
         self.journal._writer = self  # type: ignore[assignment]
         self.watches = SimpleNamespace()
@@ -296,4 +299,64 @@ async def test_wakes_of_a_thread_without_a_program_are_kept_for_one(tmp_path: Pa
     await broker.rest()
     told = [match.process_id for run in machine.runs for match in run.wake.matches]
     assert sorted(told) == ["", "1000"]
+    await broker.die()
+
+
+def row(process_id: str, *rules: str) -> dict[str, Any]:
+    """Return a process's line of `ps`."""
+    return {
+        "thread": "t",
+        "process_id": process_id,
+        "call_id": f"call-{process_id}",
+        "pid": 4711,
+        "state": "detached",
+        "worker_pid": None,
+        "command": ["x"],
+        "cwd": "/",
+        "tty": False,
+        "started_at": "2023-11-14T22:13:20.123Z",
+        "bytes_written": 0,
+        "bytes_delivered": 0,
+        "outcome": None,
+        "wake_on": list(rules),
+    }
+
+
+async def test_after_a_reboot_what_was_watched_wakes_as_lost_and_nothing_else_does(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "journal.db")
+    broker = Broker(machine)
+    await broker.start()
+    await broker.rest()
+    thread = broker.threads.journal.thread("t")
+    watched = {"1000": ["exit"], "1001": [], "1002": ["output=x"], "1003": ["exit"], "1004": ["output=y"]}
+    for process_id, rules in watched.items():
+        thread.use(process_id, f"call-{process_id}", partial(row, process_id, *rules))
+    broker.end("1003")  # it had ended, and that was told
+    broker.delivery.came_true(("t", "1004"), Output("y"), Match(offset=3, text=b"y"))
+    await broker.rest()
+    broker.threads.journal.flush()
+    await broker.die()
+    machine.boot, machine.runs = "another boot", []
+    broker = Broker(machine)
+    await broker.rest()
+    (run,) = machine.runs
+    lost = {"kind": "lost", "reason": "rebooted"}
+    assert {match.process_id: match.outcome for match in run.wake.matches} == {"1000": lost, "1002": lost}
+    states = {summary.process_id: summary.state for summary in run.wake.processes}
+    assert states == dict.fromkeys(watched, "lost")
+    await broker.die()
+
+
+async def test_many_long_matches_are_several_runs_that_a_message_has_room_for(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "journal.db")
+    broker = Broker(machine)
+    for number in range(1000, 1600):
+        text = Match(offset=0, text=b"x" * 4096)
+        broker.delivery.came_true(("t", str(number)), Output("x+"), text)
+    await broker.start()
+    await broker.rest()
+    sizes = [len(run.wake.matches) for run in machine.runs]
+    assert sum(sizes) == 601
+    assert 2 < len(sizes) < 6
+    assert all(len(wire.encode(wire.request(run, id=1))) < wire.FRAME_MAX // 2 for run in machine.runs)
     await broker.die()

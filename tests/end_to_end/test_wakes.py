@@ -6,8 +6,11 @@ A program's effect is a line in its log; so `lines` tells how often it ran, and 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +64,6 @@ class Agent:
 
     async def start(self, *commands: list[str], rest: bool = True) -> list[str]:
         """Start it with these commands, see it in bed, and return their ids."""
-        import json
-
         (self.folder / "todo").write_text(json.dumps(commands))
         await self.thread.start("agent.py:main", workdir=self.folder)
         if rest:
@@ -135,6 +136,20 @@ async def test_what_comes_true_while_the_program_runs_is_the_next_run(
     assert agent.lines()[1:] == [f"wake: {first} exit 4", f"wake: {second} exit 4"]
     ups = [e for e in await agent.host.recent_events() if e["event"] == "worker" and e["what"] == "up"]
     assert len(ups) == 2  # it did not go to bed in between
+
+
+async def test_an_end_while_the_thread_is_being_resumed_is_told_with_the_first_or_next(
+    agent: Agent, fifo: Callable[[str], Path]
+) -> None:
+    gates = [fifo("one"), fifo("two")]
+    first, second = await agent.start(*(held(gate, "exit 4") for gate in gates))
+    let_go(gates[0])
+    await agent.home.until(agent.host, event="wake", what="pending", process_id=first)
+    let_go(gates[1])
+    await eventually(lambda: sum(line.count(" exit ") for line in agent.lines()) == 2)
+    await agent.asleep()
+    told = ", ".join(line.removeprefix("wake: ") for line in agent.lines()[1:])
+    assert sorted(told.split(", ")) == sorted([f"{first} exit 4", f"{second} exit 4"])
 
 
 async def test_an_end_while_the_broker_is_down_wakes_once_it_is_back(
@@ -322,6 +337,30 @@ async def test_a_command_is_woken_with_json_and_survives_the_death_of_its_worker
     assert await agent.states() == ["done"]
 
 
+async def test_a_wake_too_long_for_a_variable_is_on_standard_input_alone_and_tells_what_was_not_read(
+    agent: Agent, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    line = 'until [ -e "$0" ]; do sleep 0.05; done; head -c 20000 /dev/zero | tr "\\0" x; exit 2'
+    calls = [agent.thread.exec_command(["sh", "-c", line, str(gate)], yield_time_ms=250) for _ in range(12)]
+    ended = [one.process_id for one in await asyncio.gather(*calls)]
+    alive = (await agent.thread.exec_command(["sleep", "60"], yield_time_ms=250)).process_id
+    await agent.thread.detach()
+    gate.touch()
+    await asyncio.gather(*(agent.thread.wait(process_id) for process_id in ended))
+    command = 'cat >got; echo "${OUTLIVE_WAKE-none}" >variable'
+    await agent.thread.start(["sh", "-c", command], workdir=agent.folder)
+    await agent.home.until(agent.host, event="wake", what="done")
+    assert agent.lines("variable") == ["none"]
+    found = {one["process_id"]: one for one in json.loads((agent.folder / "got").read_text())["processes"]}
+    assert {process_id: one["state"] for process_id, one in found.items() if process_id in (*ended, alive)} == {
+        **dict.fromkeys(ended, "ended"),
+        alive: "alive",
+    }
+    assert all(found[one]["unread"] == 20000 and found[one]["outcome"]["code"] == 2 for one in ended)
+    assert all("tokens truncated" in found[one]["output"] for one in ended)
+
+
 async def test_a_command_that_fails_is_run_again(agent: Agent) -> None:
     await agent.thread.start(["sh", "-c", "echo >>runs; [ $(wc -l <runs) = 3 ]"], workdir=agent.folder)
     await agent.home.until(agent.host, event="wake", what="done")
@@ -341,6 +380,45 @@ async def test_an_idle_thread_goes_to_bed_and_wakes_when_it_is_called(home: Home
         assert "42" in answer.output
 
 
+async def test_programs_and_wakes_on_the_command_line(agent: Agent, fifo: Callable[[str], Path]) -> None:
+    async def outlive_(*words: str, status: int = 0) -> Any:
+        command = [str(Path(sys.executable).parent / "outlive"), *words]
+        done = await asyncio.create_subprocess_exec(*command, cwd=agent.folder, stdout=PIPE, stderr=PIPE)
+        out, err = await done.communicate()
+        assert done.returncode == status, err
+        return json.loads(out) if "--json" in words and not status else (out + err).decode()
+
+    (agent.folder / "todo").write_text("[]")
+    row = await outlive_("start", "a", "agent.py:main", "--json")
+    assert (row["thread"], row["program"]) == ("a", "agent.py:main")
+    await agent.asleep()
+    gate = fifo("gate")
+    (agent.folder / "fail").touch()
+    started = await agent.thread.exec_command(held(gate, "exit 1"), wake_on=["exit"], yield_time_ms=250)
+    let_go(gate)
+    await agent.home.until(agent.host, event="wake", what="dead")
+    (wake,) = await outlive_("wakes", "-t", "a", "--json")
+    assert (wake["state"], wake["process_id"], wake["rule"]) == ("dead", started.process_id, "exit")
+    assert wake["outcome"] == {"kind": "exited", "code": 1}
+    shown = await outlive_("wakes")
+    assert "told to fail" in shown
+    (thread,) = await outlive_("threads", "--json")
+    assert (thread["program"], thread["running"], thread["wakes"]) == ("agent.py:main", False, 0)
+    assert "agent.py:main" in await outlive_("threads")
+    assert (await outlive_("wakes", "--drop", str(wake["number"]), "--json"))["state"] == "dropped"
+    assert "is dropped: nothing is left" in await outlive_("wakes", "--retry", str(wake["number"]), status=1)
+    assert "wake 99 is not known" in await outlive_("wakes", "--retry", "99", status=1)
+    assert "use its number" in await outlive_("wakes", "--drop", "x", status=2)
+    assert [row["state"] for row in await outlive_("wakes", "--all", "--json")] == ["done", "dropped"]
+    assert (await outlive_("stop", "a", "--json"))["program"] is None
+    assert "thread nobody is not known" in await outlive_("stop", "nobody", status=1)
+    events = await outlive_("events")
+    assert '"dead"' in events
+    line = "touch done-by-a-line"
+    assert (await outlive_("start", "a", "--json", "--", line))["program"] == f"/bin/sh -c '{line}'"
+    await eventually((agent.folder / "done-by-a-line").exists)
+
+
 SOURCES = Path(__file__).parents[2] / "scripts" / "examples"
 
 
@@ -352,8 +430,6 @@ SOURCES = Path(__file__).parents[2] / "scripts" / "examples"
 async def test_the_babysitter_does_its_work_though_the_broker_is_killed(
     agent: Agent, program: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SUITE_PAUSE", "0.3")
     await agent.host.down()  # programs have the environment of their broker
