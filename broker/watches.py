@@ -128,6 +128,7 @@ class Watches:
         self._set_alarm = set_alarm
         self._listening = listening
         self._now = now
+        self._began = now()
         self._watches: dict[Key, _Watch] = {}
         # Open rules about a clock, or a port: when to look at each.
         self._due: dict[Armed, tuple[int, Key]] = {}
@@ -147,7 +148,8 @@ class Watches:
                 watch.armed.append(Armed(rule, number, started))
         watch.armed += added
         for armed in watch.armed:
-            armed.came = self.fired(key, armed.rule, armed.generation)
+            # What has started since we have, nobody before us can have told anything about: no look at the disk.
+            armed.came = started <= self._began and self.fired(key, armed.rule, armed.generation)
             self._schedule(key, watch, armed)
         self.look(key)
         for armed in watch.armed:

@@ -208,6 +208,14 @@ def test_a_rule_that_was_told_before_a_restart_and_is_known_is_not_told_again(sc
     assert scene.rules == ["exit"]
 
 
+def test_of_what_starts_now_nobody_looks_whether_it_was_told_before(scene: Scene) -> None:
+    scene.watches.fired = lambda *what: pytest.fail("looked")
+    scene.now += 1
+    scene.watches.arm(KEY, scene.transcript("exit"))
+    scene.watches.ended(KEY, WELL)
+    assert scene.rules == ["exit"]
+
+
 def test_a_rule_that_was_added_counts_from_when_it_was_set(scene: Scene) -> None:
     start, transcript = scene.now, scene.transcript()
     scene.watches.arm(KEY, transcript, [Armed(Deadline(5), 100, start + 7 * SECOND, generation=2)])
