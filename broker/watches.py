@@ -263,7 +263,7 @@ class Watches:
 
     def alarm(self) -> None:
         """The alarm has gone off."""
-        self._alarm = None
+        self._alarm = 0  # of the past
         now = self._now()
         ports: set[int] | None = None
         for armed, (due, key) in list(self._due.items()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from outlive.broker.alarm import listening
 from outlive.broker.watches import PORT_PAUSE, Armed, Match, Watches
 from outlive.common.errors import LimitReached
 from outlive.common.outcome import Outcome
@@ -223,17 +221,6 @@ def test_a_rule_that_was_added_counts_from_when_it_was_set(scene: Scene) -> None
     assert scene.told == []
     scene.until(12, start)
     assert scene.told == [(KEY, Deadline(5), Match(generation=2))]
-
-
-def test_the_ports_of_this_host_that_something_listens_on_are_found() -> None:
-    with socket.socket() as server, socket.socket(socket.AF_INET6) as other, socket.socket() as idle:
-        for one in (server, other, idle):
-            one.bind(("127.0.0.1" if one.family == socket.AF_INET else "::1", 0))
-        server.listen()
-        other.listen()
-        found = listening()
-        assert {server.getsockname()[1], other.getsockname()[1]} <= found
-        assert idle.getsockname()[1] not in found
 
 
 # Rules that are added.
