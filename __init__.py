@@ -32,7 +32,9 @@ if TYPE_CHECKING:
         UnknownThread,
     )
     from .common.outcome import Outcome
+    from .common.program import ProcessSummary, Wake
     from .common.response import Response
+    from .worker.agent import Session
 
 _HOMES = {
     "common.client": ("Host", "Thread", "connect"),
@@ -50,7 +52,9 @@ _HOMES = {
         "UnknownThread",
     ),
     "common.outcome": ("Outcome",),
+    "common.program": ("ProcessSummary", "Wake"),
     "common.response": ("Response",),
+    "worker.agent": ("Session",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -63,13 +67,16 @@ __all__ = [
     "LimitReached",
     "Outcome",
     "OutliveError",
+    "ProcessSummary",
     "Response",
+    "Session",
     "SpawnError",
     "StdinClosed",
     "Thread",
     "Unavailable",
     "UnknownProcess",
     "UnknownThread",
+    "Wake",
     "connect",
 ]
 

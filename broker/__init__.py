@@ -5,19 +5,27 @@ Read in this order; a module imports only from those above it, and from `common`
     custody      who holds a process, and every move between holders.  Decides; does nothing.
     lifecycle    when a thread's worker is started, replaced, sent to bed, given up.  Decides; does nothing.
     records      what is kept of ended processes, and which of it has to go.  Decides; does nothing.
+    wakes        what becomes of a wake, and when a thread's program is run.  Decides; does nothing.
+    outbox       programs and wakes, as they are written.
     database     the journal's file, whatever is wrong with it.
+    rulebook     the rules that were added to processes after their start; a part of the journal.
     journal      what must survive a reboot: threads, the ids they used, what became of them.
     findings     what a broker that starts makes of what it finds.  Decides; only looks.
     epochs       which workers and spawners live, also those of a former broker.
     keeping      the keeper, as the broker sees it.
     detached     the `DetachedStore`: processes that the broker itself pumps.
+    watches      what is watched of each process, and which wake rules have come true.  Decides.
+    alarm        its clock, and who listens on which port.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
     processes    `Processes`: takes deposits and notices from workers, and does what custody decides.
     workers      `Workers`, on top of that: does what lifecycle decides; who waits for a worker waits here.
     threads      `ThreadManager`, on top of both: detach, reattach, clean, shut down.
+    inventory    what a resumed agent finds of its processes.
+    delivery     what came true is written down, and then the thread's program is run.
     succession   one broker takes over from another that lives.
-    operations   what each client request does.
+    watching     `watch` and `wait`: rules that are set on processes which have started.
+    operations   what each other client request does.
     loop         the sockets, the signals, the workers' pidfds; events as they go out.
     __main__     limits, signals that are ignored, the lock that keeps a second broker out; serving again when a
                  successor does not come up.
@@ -38,5 +46,6 @@ One death of the broker: `keeper` starts the next with all it holds; `__main__` 
 who survived, has `findings` tell what each descriptor is, and `processes` judges each process by its table; workers
 come back, register and say what they hold and what they are starting (`workers`).
 
-A place kept for what is to come: `wakes` (which endings wake which thread) beside custody.
+One wake: `watches` finds that a rule came true; `delivery` writes it to the `outbox`, has `workers` resume the
+thread, sends its worker the run, writes down the answer, and sends the thread to bed.
 """

@@ -16,10 +16,13 @@
                 size            bytes that it takes, as they count for the limit
     outputs     number          of the process
                 data            the kept ranges, one after the other
+    programs, wakes             see `outbox`
+    watches                     see `rulebook`
 
 Always true
     The file is private (0600), and so are -wal and -shm beside it.  One broker at a time writes: it has the state
     folder locked, so that one with another runtime folder does not call our processes lost.
+    A database of version 1, which had no programs, wakes and watches, gets the tables for them.
     A database that is damaged, newer, or not ours is renamed, never deleted; whatever ids can be read in it are
     taken over, so that they are not given out again.
     Write-ahead log and synchronous=NORMAL: a commit is written, not flushed.  `kill -9` of the broker loses nothing
@@ -50,11 +53,15 @@ import msgspec
 from ..common.errors import BadRequest
 from ..common.messages import ProcessRow, outcome_from_wire
 from ..common.paths import check_thread
+from . import outbox, rulebook
+from .outbox import DUE, LAST, PROGRAMS, Statement
 from .records import Key, Record
+from .rulebook import WATCHES
 
-VERSION = 1
+VERSION = 2
 _APPLICATION = 0x6F75_746C  # "outl", as `file` shows it
 
+_ADDED = outbox.SCHEMA + rulebook.SCHEMA
 _SCHEMA = f"""
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {VERSION};
@@ -67,7 +74,8 @@ CREATE TABLE processes (
 CREATE TABLE outputs (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE INDEX living ON processes (thread, id, boot_id) WHERE state = 'alive';
 CREATE INDEX kept ON processes (archived_at, thread, id, size) WHERE archived_at IS NOT NULL;
-"""
+{_ADDED}"""
+_FROM_VERSION_1 = f"BEGIN IMMEDIATE; {_ADDED} PRAGMA user_version = {VERSION}; COMMIT;"
 _PUT = """
 INSERT INTO processes
     (thread, id, state, call_id, boot_id, pid, born_at, row, outcome, archived_at, written, ranges, size)
@@ -142,6 +150,11 @@ class Contents:
     threads: dict[str, int] = field(default_factory=dict)
     kept: list[tuple[Key, float, int]] = field(default_factory=list)
     living: dict[Key, str] = field(default_factory=dict)
+    # Rows as they are, and the last numbers of a wake and a run: `outbox` and `rulebook` understand them.
+    programs: list[Any] = field(default_factory=list)
+    wakes: list[Any] = field(default_factory=list)
+    watches: list[Any] = field(default_factory=list)
+    last: tuple[int, int] = (0, 0)
 
 
 class Unusable(Exception):
@@ -215,7 +228,9 @@ class Database:
             (version,) = writer.execute("PRAGMA user_version").fetchone()
             if writer.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
                 raise Unusable("foreign", "is a database, and not ours")
-            if version != VERSION:
+            if version == 1:
+                writer.executescript(_FROM_VERSION_1)
+            elif version != VERSION:
                 newer = "a newer" if version > VERSION else "another"
                 raise Unusable(
                     f"version-{version}", f"has version {version}, of {newer} program; this one knows {VERSION}"
@@ -275,14 +290,17 @@ class Database:
             return
         saved = self._salvage()
         self._disconnect()
-        self.contents = Contents()
+        self.contents = Contents(programs=saved[2], wakes=saved[3], watches=saved[4])
+        due = self.contents
         aside = _unused(self._path, error.why)
         try:
             for ending in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     os.rename(f"{self._path}{ending}", f"{aside}{ending}")
             self._open()
-            self._take_over(*saved)
+            self.contents.programs, self.contents.wakes = due.programs, due.wakes
+            self.contents.watches = due.watches
+            self._take_over(*saved[:2])
             self._complain(
                 f"{self._path} {error}; it is now {aside.name}, and what had ended before is not known here"
             )
@@ -291,11 +309,20 @@ class Database:
             self._complete = not self._path.exists()
             self._complain(f"{self._path} {error}; in its place: {_said(another)}; {_MEMORY_ONLY}")
 
-    def _salvage(self) -> tuple[dict[str, int], dict[Key, str | None]]:
-        """Return threads with their epochs, and ids with their calls: as many as can be read."""
+    def _salvage(self) -> tuple[dict[str, int], dict[Key, str | None], list[Any], list[Any], list[Any]]:
+        """Return threads with their epochs, ids with their calls, programs, wakes, watches: what can be read."""
         threads: dict[str, int] = {}
         ids: dict[Key, str | None] = {}
+        programs: list[Any] = []
+        wakes: list[Any] = []
+        watches: list[Any] = []
         with suppress(*_ERRORS), closing(_connect(self._path, 0.0)) as connection:
+            with suppress(*_ERRORS):
+                programs += (row for row in connection.execute(PROGRAMS) if _is_name(row[0]))
+            with suppress(*_ERRORS):
+                wakes += (row for row in connection.execute(DUE) if _is_name(row[1]))
+            with suppress(*_ERRORS):
+                watches += (row for row in connection.execute(WATCHES) if _is_name(row[0]))
             with suppress(*_ERRORS):
                 for name, epoch in connection.execute("SELECT name, epoch FROM threads"):
                     if _is_name(name) and isinstance(epoch, int):
@@ -307,7 +334,7 @@ class Database:
                         if _is_name(name) and _is_id(number):
                             threads.setdefault(name, 0)
                             ids.setdefault((name, str(number)), call_id if isinstance(call_id, str) else None)
-        return threads, ids
+        return threads, ids, programs, wakes, watches
 
     def _take_over(self, threads: dict[str, int], ids: dict[Key, str | None]) -> None:
         self._write(threads, [Change(key, "expired", call_id) for key, call_id in ids.items()])
@@ -321,9 +348,7 @@ class Database:
 
     def used(self, thread_id: str) -> list[tuple[str, str | None, str]]:
         """Return the ids that a thread has used, with call id and state, in the order of use."""
-        found = self._read(
-            "SELECT id, call_id, state FROM processes WHERE thread = ? ORDER BY number", (thread_id,)
-        )
+        found = self.read("SELECT id, call_id, state FROM processes WHERE thread = ? ORDER BY number", (thread_id,))
         return [(str(number), call_id, state) for number, call_id, state in found if _is_id(number)]
 
     def rows(self, thread_id: str, process_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -333,7 +358,7 @@ class Database:
             some = process_ids[at : at + ROWS_AT_ONCE]
             marks = ", ".join("?" * len(some))
             query = f"SELECT {_ROW} FROM processes WHERE thread = ? AND id IN ({marks})"
-            for columns in self._read(query, (thread_id, *map(int, some))):
+            for columns in self.read(query, (thread_id, *map(int, some))):
                 with suppress(ValueError, TypeError):
                     found[str(columns[0])] = _row(thread_id, *columns)
         return found
@@ -342,7 +367,7 @@ class Database:
         """Return the record of an ended process; `None` when there is none that makes sense."""
         query = f"""SELECT written, ranges, data, {_ROW} FROM processes LEFT JOIN outputs USING (number)
             WHERE thread = ? AND id = ? AND archived_at IS NOT NULL"""
-        for written, ranges, data, *columns in self._read(query, (key[0], int(key[1]))):
+        for written, ranges, data, *columns in self.read(query, (key[0], int(key[1]))):
             with suppress(ValueError, TypeError):
                 spans = [(int(first), int(last)) for first, last in json.loads(ranges)]
                 sizes = [last - first for first, last in spans]
@@ -351,7 +376,7 @@ class Database:
                 return Record(_row(key[0], *columns), int(written), spans, data or b"")
         return None
 
-    def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+    def read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
         """Return what is found, nothing when it cannot be read; raises `Unusable`."""
         if self._reader is None:
             return []
@@ -365,12 +390,17 @@ class Database:
 
     # Writing: in the writer's thread.
 
-    def commit(self, threads: dict[str, int], changes: Sequence[Change]) -> tuple[list[Change], str]:
-        """Write these, as many as can be; return those that could not, and why.  Raises `Unusable`."""
+    def commit(
+        self, threads: dict[str, int], changes: Sequence[Change], statements: Sequence[Statement] = ()
+    ) -> tuple[list[Change], str]:
+        """Write these, as many as can be; return those that could not, and why.  Raises `Unusable`.
+
+        A reason without changes: threads and statements could not be written.
+        """
         if self._writer is None:
             return list(changes), self.trouble
         try:
-            self._write(threads, changes)
+            self._write(threads, changes, statements)
             self._shrink()
             return [], ""
         except _ERRORS as error:
@@ -378,13 +408,15 @@ class Database:
             if _is_damage(error):
                 raise Unusable("damaged", f"is damaged ({reason})") from None
         failed = [change for change in changes if not self._written({}, change)]
-        if failed or not self._written(threads):
+        if failed or not self._written(threads, None, statements):
             return failed, reason
         return [], ""
 
-    def _written(self, threads: dict[str, int], change: Change | None = None) -> bool:
+    def _written(
+        self, threads: dict[str, int], change: Change | None = None, statements: Sequence[Statement] = ()
+    ) -> bool:
         try:
-            self._write(threads, [change] if change else [])
+            self._write(threads, [change] if change else [], statements)
             return True
         except _ERRORS:
             if change and change.record and change.record.data:
@@ -393,7 +425,9 @@ class Database:
                     self._write({}, [replace(change, record=replace(change.record, ranges=[], data=b""))])
             return False
 
-    def _write(self, threads: dict[str, int], changes: Sequence[Change]) -> None:
+    def _write(
+        self, threads: dict[str, int], changes: Sequence[Change], statements: Sequence[Statement] = ()
+    ) -> None:
         assert self._writer is not None
         writer = self._writer
         writer.execute("BEGIN IMMEDIATE")
@@ -406,6 +440,8 @@ class Database:
                     writer.execute(_PUT_OUTPUT, (change.record.data, *key))
                 elif change.state == "expired":
                     writer.execute(_DELETE_OUTPUT, key)
+            for statement, values in statements:
+                writer.execute(statement, values)
             writer.execute("COMMIT")
         finally:
             if writer.in_transaction:
@@ -482,6 +518,11 @@ def _contents(reader: sqlite3.Connection) -> Contents:
     for thread_id, number, boot_id in reader.execute(query):
         if _is_id(number):
             contents.living[thread_id, str(number)] = boot_id
+    contents.programs = reader.execute(PROGRAMS).fetchall()
+    contents.wakes = reader.execute(DUE).fetchall()
+    contents.watches = reader.execute(WATCHES).fetchall()
+    number, run = reader.execute(LAST).fetchone()
+    contents.last = int(number or 0), int(run or 0)
     return contents
 
 

@@ -7,11 +7,12 @@ The store borrows a process's descriptors from its custody entry and gives them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..common import tree
 from ..common.descriptors import Handles
 from ..common.held import Held
+from ..common.messages import AddedRule
 from ..common.pump import Pump, Pumps
 from ..common.transcript import Lease
 
@@ -29,10 +30,12 @@ class DetachedStore:
         pump: type[Pump],
         *,
         on_ended: Callable[[Held], None],
+        on_found: Callable[[Held], None] = lambda held: None,
     ) -> None:
         self._pumps = pumps
         self._pump = pump
         self._on_ended = on_ended
+        self._on_found = on_found
         self._lease = Lease.mine(BROKER_EPOCH)
         self._processes: dict[Key, Held] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -47,17 +50,18 @@ class DetachedStore:
         """Return a process in our hands."""
         return self._processes.get(key)
 
-    def insert(self, key: Key, handles: Handles) -> Held:
+    def insert(self, key: Key, handles: Handles, added: Sequence[AddedRule] = ()) -> Held:
         """Pump a process; an older one of the same key is terminated.
 
+        `added`: what to look for in its output beside what its header says.
         Raises `HandoffError` while somebody else may be pumping, `PeerError` for a damaged transcript; the
         handles stay the caller's then.
         """
-        held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended)
+        held = Held(handles, self._pumps, self._pump, on_ended=self._on_ended, on_found=self._on_found)
         older = self._processes.get(key)
         self._processes[key] = held
         try:
-            held.begin(self._lease)
+            held.begin(self._lease, added)
         except BaseException:
             del self._processes[key]
             if older:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
-from datetime import UTC, datetime
 
 from ..common.descriptors import Handles
 from ..common.messages import ProcessRow, ThreadRow
@@ -18,6 +17,7 @@ from .custody import Custody, State
 from .journal import ThreadJournal
 from .lifecycle import Life, Phase
 from .peers import Peer
+from .records import rfc3339
 
 
 class Changing:
@@ -122,6 +122,7 @@ class Entry(Changing):
             bytes_written=transcript.written,
             bytes_delivered=live.delivered,
             outcome=live.outcome.to_wire() if live.outcome and ended else None,
+            wake_on=list(facts.wake_on),
         )
 
 
@@ -171,9 +172,3 @@ class Thread(Changing):
             detached=states.count(State.DETACHED),
             ended=states.count(State.ENDED) + len(self.journal),
         )
-
-
-def rfc3339(nanoseconds: int) -> str:
-    """Return a time as RFC 3339 UTC, to the millisecond."""
-    moment = datetime.fromtimestamp(nanoseconds / 1e9, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -32,7 +32,9 @@ from typing import Any, Literal
 from ..common.errors import ExpiredProcess, Unavailable, UnknownProcess
 from ..common.transcript import Transcript
 from .database import ROWS_AT_ONCE, Change, Database, Unusable
+from .outbox import Outbox
 from .records import Key, Limits, Record, Shelf
+from .rulebook import Rulebook
 
 # Seconds until records are written: a commit takes about as long as the short command it is about, and the next one
 # should not have to share the processor with it.
@@ -91,7 +93,20 @@ class Journal:
         self._retry: asyncio.TimerHandle | None = None
         # One thread, so that what is written stays in order.
         self._writer = ThreadPoolExecutor(1, "journal")
+        # Programs and wakes: what they say is written at once, together with what was said here before.
+        self.outbox = Outbox(self._read, lambda: self._write_soon(0.0), limits.seconds)
+        # What was added to processes, likewise.
+        self.rulebook = Rulebook(lambda: self._write_soon(0.0))
+        self._parts = self.outbox, self.rulebook
+        # Lines of `ps` of processes of which nothing is left, until somebody listens.
+        self._losses: list[dict[str, Any]] = []
+        self._on_lost = self._losses.append
         contents = self._database.contents
+        self.outbox.load(contents.programs, contents.wakes, contents.last)
+        self.rulebook.load(contents.watches)
+        if self._database.number:  # what could be saved is not in the next file
+            for part in self._parts:
+                part.rewrite()
         for thread_id, epoch in contents.threads.items():
             self._threads[thread_id] = ThreadJournal(self, thread_id, epoch, known=True)
         for key, at, size in contents.kept:
@@ -100,6 +115,10 @@ class Journal:
             self._living[key] = None
             if boot != boot_id:
                 self.lose(*key, "rebooted")
+        for key in self.rulebook.keys:
+            # It had gone when the former broker died; of a damaged file, who lives is not known.
+            if key not in self._living and not self._database.number:
+                self.rulebook.drop(key)
         self.expire()
 
     @property
@@ -128,7 +147,19 @@ class Journal:
         """Nothing is left of a process that was alive, and nobody can know more than `reason`."""
         self.thread(thread_id).lose(process_id, reason)
 
+    def listen(self, on_lost: Callable[[dict[str, Any]], None]) -> None:
+        """Have `on_lost` called with the line of `ps` of each process that was lost by now, or will be."""
+        losses, self._losses = self._losses, []
+        self._on_lost = on_lost
+        for row in losses:
+            on_lost(row)
+
     # What the threads' parts say, and ask.
+
+    def lost(self, row: dict[str, Any]) -> None:
+        """Nothing is left of the process with this line of `ps`, which says why; its rules are told with it."""
+        added = [line.rule for line in self.rulebook.of((row["thread"], row["process_id"]))]
+        self._on_lost({**row, "wake_on": [*row.get("wake_on", ()), *added]})
 
     def reached(self, thread_id: str, epoch: int) -> None:
         """A thread has come to this epoch."""
@@ -228,31 +259,47 @@ class Journal:
                 self._begin_anew(error)
         return []
 
+    def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            return self._database.read(query, values)
+        except Unusable as error:
+            self._begin_anew(error)
+            return []
+
     # Writing.
 
-    def _write_soon(self) -> None:
+    def _write_soon(self, delay: float = WRITE_DELAY) -> None:
         if self._batch:
             return  # its end begins the next
         if len(self._next) >= WRITES_MAX:
             self._write()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(WRITE_DELAY, self._write)
+        elif self._timer is None or not delay:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(delay, self._write)
 
     def _write(self) -> None:
         """Give what there is to the writer."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._batch or not (self._next or self._epochs):
+        if self._batch or not self._is_waiting():
             return
         for change in self._next.values():
             if change.state == "alive":
                 change.row = _look(change)
         epochs, changes = self._epochs, list(self._next.values())
         self._epochs, self._next = {}, {}
-        future = self._writer.submit(self._database.commit, epochs, changes)
+        statements = [statement for part in self._parts for statement in part.take()]
+        future = self._writer.submit(self._database.commit, epochs, changes, statements)
         self._batch = Batch(future, epochs, changes)
         future.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._through, future))
+
+    def _is_waiting(self) -> bool:
+        return bool(self._next or self._epochs or self._is_urgent())
+
+    def _is_urgent(self) -> bool:
+        return any(part.waiting for part in self._parts)
 
     def _through(self, future: Future[tuple[list[Change], str]]) -> None:
         """A batch is through: tell whoever wants to know, and begin the next."""
@@ -284,8 +331,10 @@ class Journal:
             then, change.then = change.then, []
             for tell in then:
                 tell(change not in wanting)
-        if self._next or self._epochs:
-            self._write_soon()
+        for part in self._parts:
+            part.through(written=not reason)
+        if self._is_waiting():
+            self._write_soon(0.0 if self._is_urgent() else WRITE_DELAY)
 
     def _note(self, reason: str) -> None:
         """Say once that writing fails, and once that it works again."""
@@ -295,11 +344,14 @@ class Journal:
                     f"journal: cannot be written: {reason}; what ends is kept in memory and written when it can be"
                 )
             self._failure = reason
-        elif self._failure and not self._failed and not self._failed_epochs:
+        elif self._failure and not self._is_failing():
             self._log("journal: everything is written again")
             self._failure = ""
         if self._failure and self._retry is None:
             self._retry = self._loop.call_later(RETRY, self._try_again)
+
+    def _is_failing(self) -> bool:
+        return bool(self._failed or self._failed_epochs or any(part.failing for part in self._parts))
 
     def _try_again(self, count: int = WRITES_MAX) -> None:
         if self._retry:
@@ -310,6 +362,8 @@ class Journal:
             self._next[key] = self._failed.pop(key)
         self._epochs = self._failed_epochs | self._epochs
         self._failed_epochs = {}
+        for part in self._parts:
+            part.again()
         self._write_soon()
 
     def _shed(self) -> None:
@@ -334,6 +388,8 @@ class Journal:
             if self._database.number != before:
                 return  # the batch has met the same
         self._database.set_aside(error)
+        for part in self._parts:
+            part.rewrite()
         for thread in self._threads.values():
             self.reached(thread.thread_id, thread.epoch)
             for process_id in thread.known_ids:
@@ -355,7 +411,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write what there is, now, and wait for it."""
-        while self._batch or self._next or self._epochs:
+        while self._batch or self._is_waiting():
             self._write()
             if self._batch:
                 wait({self._batch.future})
@@ -364,7 +420,7 @@ class Journal:
     def close(self) -> None:
         """Write what there is, also what failed before, and close the file."""
         self.flush()
-        if self._failed or self._failed_epochs:
+        if self._is_failing():
             self._try_again(len(self._failed))
             self.flush()
         for timer in (self._timer, self._retry):
@@ -443,6 +499,19 @@ class ThreadJournal:
         """Keep the record of a process that has gone; the oldest make room."""
         self._keep("ended", Record.of(row, transcript))
 
+    @property
+    def lost_ids(self) -> Collection[str]:
+        """The ids of processes that are lost, until that expires."""
+        self._load()
+        return self._lost
+
+    def rows_of(self, process_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the lines of `ps` of some processes, as far as they are recorded."""
+        found: dict[str, dict[str, Any]] = {}
+        for at in range(0, len(process_ids), ROWS_AT_ONCE):
+            found |= self._journal.rows(self.thread_id, process_ids[at : at + ROWS_AT_ONCE])
+        return found
+
     def lose(self, process_id: str, reason: str) -> None:
         """Nothing is left of a process that was alive."""
         if not self._journal.is_alive((self.thread_id, process_id)):
@@ -452,6 +521,7 @@ class ThreadJournal:
         if row:
             self._lost.add(process_id)
             self._keep("lost", Record.lost({**row, "call_id": call_id}, reason))
+            self._journal.lost(self._journal.rows(self.thread_id, [process_id]).get(process_id, row))
             return
         # The broker that knew it was killed before it could write that down.
         if call_id:

@@ -12,6 +12,7 @@ map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 333
     detached, reattached
     worker                  what: up, with epoch and pid; died, with epoch and how
     broker                  what: up, down, replaced; pid
+    wake                    what: pending, delivered, done, failed, dead, read, dropped; number, rule; failure
 
 Always true
     A worker's channel is read before its frame is acted on: what it deposited first is known first.
@@ -44,11 +45,12 @@ from ..common.outcome import signal_name
 from ..common.paths import Paths, SocketPath
 from ..common.pump import PUMPS, Pumps
 from . import findings
-from .entries import rfc3339
+from .delivery import Delivery
 from .epochs import Epochs
 from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
+from .records import rfc3339
 from .succession import Inheritance, Succession, end_of, last_words
 from .threads import ThreadManager
 
@@ -98,7 +100,8 @@ class Broker:
         self.deltas_wanted = False
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
-        self._operations = Operations(self, self.threads, mode, self._stopping.set)
+        self.delivery = Delivery(self, self.threads, config)
+        self._operations = Operations(self, self.threads, self.delivery, mode, self._stopping.set)
         self._keeping = Keeping(
             inheritance.line, on_found=self._found, on_orphan=self.threads.orphan_ended, on_lost=self._keeper_lost
         )
@@ -126,6 +129,7 @@ class Broker:
         self.publish("broker", "", what="up", pid=os.getpid())
         self._keeping.ready()
         on_ready()
+        self.delivery.begin()
         await self._stopping.wait()
         if self._successor is None:
             self._keeping.stopping()
@@ -178,6 +182,7 @@ class Broker:
         for pidfd in self._workers:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
+        self.delivery.close()
         handles = self.threads.relinquish()
         self._pumps.close()
         await asyncio.sleep(_LAST_WORDS)  # what is on the disk now, the keeper need not keep
@@ -565,6 +570,10 @@ class Broker:
             body = wire.body_of(request, messages.CLIENT_OPS)
             if request.deadline is not None and kernel.boottime() > request.deadline:
                 raise DeadlineExceeded(f"{request.op}: reached the broker after its deadline")
+            if isinstance(body, messages.NeverMind):
+                if waiting := peer.waits.get(body.request):
+                    waiting.cancel()
+                return
             if len(peer.tasks) >= REQUESTS_MAX:
                 raise BadRequest(f"{REQUESTS_MAX} requests of this client are under way; wait for some")
         except OutliveError as error:
@@ -574,8 +583,8 @@ class Broker:
         peer.tasks.add(task)
         task.add_done_callback(peer.tasks.discard)
         if isinstance(body, messages.Wait | messages.ReadOutput):
-            peer.waits.add(task)
-            task.add_done_callback(peer.waits.discard)
+            peer.waits[request.id] = task
+            task.add_done_callback(lambda _: peer.waits.pop(request.id, None))
 
     async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
         try:

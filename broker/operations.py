@@ -8,8 +8,8 @@ knows the call, or has held the process all the time; what nobody knows about is
 holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin` (unless told not to) wake a
 sleeping thread.
 
-Each method does the request of its name, which `common.messages` describes.  The one that is not here,
-`RecentEvents`, is answered by the loop, which remembers them.
+Each method does the request of its name, which `common.messages` describes.  Not here: `Watch` and `Wait`, see
+`watching`; and `RecentEvents`, which the loop answers, since it remembers them.
 """
 
 from __future__ import annotations
@@ -49,13 +49,17 @@ from ..common.messages import (
 )
 from ..common.outcome import signal_name
 from ..common.paths import check_process
+from ..common.program import ProcessSummary, WakeRow
+from . import inventory
 from .custody import Holder, State
-from .entries import Entry, Thread, rfc3339
+from .delivery import Delivery
+from .entries import Entry, Thread
 from .lifecycle import Phase
 from .peers import WorkerGone
 from .processes import World
-from .records import Record
+from .records import Record, rfc3339
 from .threads import ThreadManager
+from .watching import Watching
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
 _ENDING = {1, 2, 3, 6, 9, 15}
@@ -72,13 +76,17 @@ def _version() -> str:
 class Operations:
     """All client requests, by their type."""
 
-    def __init__(self, world: World, threads: ThreadManager, mode: str, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, world: World, threads: ThreadManager, delivery: Delivery, mode: str, stop: Callable[[], None]
+    ) -> None:
         self._world = world
         self._threads = threads
+        self._delivery = delivery
         self._mode = mode
         self._stop = stop
         self._started = time.time_ns()
         self._version = _version()
+        watching = Watching(world, threads)
         self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
             messages.ExecCommand: self.exec_command,
             messages.WriteStdin: self.write_stdin,
@@ -86,7 +94,8 @@ class Operations:
             messages.ListProcesses: self.list_processes,
             messages.ListThreads: self.list_threads,
             messages.CreateThread: self.create_thread,
-            messages.Wait: self.wait,
+            messages.Watch: watching.watch,
+            messages.Wait: watching.wait,
             messages.Kill: self.kill,
             messages.Resize: self.resize,
             messages.Detach: self.detach,
@@ -94,6 +103,12 @@ class Operations:
             messages.Reattach: self.reattach,
             messages.Clean: self.clean,
             messages.Shutdown: self.shutdown,
+            messages.Start: self.start,
+            messages.Stop: self.stop_program,
+            messages.ListWakes: self.list_wakes,
+            messages.Inventory: self.inventory,
+            messages.RetryWake: self.retry_wake,
+            messages.DropWake: self.drop_wake,
             messages.Status: self.status,
             messages.Upgrade: self.upgrade,
             messages.Down: self.down,
@@ -103,7 +118,12 @@ class Operations:
         """Do what a client asks, and return the result."""
         if not isinstance(body, messages.Status | messages.CreateThread | messages.Upgrade):
             await self._threads.survivors_reported(getattr(body, "thread", None))
-        return await self._by_type[type(body)](body, deadline)
+        work = self._by_type[type(body)]
+        if not isinstance(body, messages.ExecCommand | WriteStdin | messages.Resume):
+            return await work(body, deadline)
+        thread = self._threads.create if isinstance(body, messages.ExecCommand) else self._threads.get
+        with self._delivery.busy(thread(body.thread)):
+            return await work(body, deadline)
 
     # The two tools.
 
@@ -117,7 +137,9 @@ class Operations:
         while True:
             await self._threads.started(thread, call.call_id)
             if archived := thread.journal.calls.get(call.call_id):
-                return thread.journal.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
+                answer = thread.journal.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
+                self._threads.on_read((call.thread, archived))
+                return answer
             peer = await self._threads.worker(thread)
             await self._threads.handed_over(thread)
             entry = thread.entry_of_call(call.call_id)
@@ -155,6 +177,7 @@ class Operations:
             thread = self._threads.get(call.thread)
             earlier = asked - len(call.chars)  # bytes typed by workers that died before they could say so
             if isinstance(found, Record):
+                self._threads.on_read((call.thread, call.process_id))
                 again = call.first_asked is not None
                 if again and (remembered := await self._remembered(thread, call, earlier, deadline)):
                     return remembered
@@ -279,6 +302,8 @@ class Operations:
     def _told(self, entry: Entry, output_end: int, outcome: Any) -> None:
         entry.relayed = output_end
         entry.told = entry.told or outcome is not None
+        if entry.told:
+            self._threads.on_read(entry.key)
 
     # Looking.
 
@@ -342,19 +367,7 @@ class Operations:
         return rows
 
     async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
-        return [thread.row() for _, thread in sorted(self._threads.threads.items())]
-
-    async def wait(self, call: messages.Wait, deadline: float | None) -> dict[str, Any]:
-        while True:
-            found = self._find(call.thread, call.process_id)
-            if isinstance(found, Record):
-                outcome = found.row["outcome"]
-            elif found.state is State.ENDED and (known := found.outcome):
-                outcome = known.to_wire()
-            else:
-                await found.changed()
-                continue
-            return {"thread": call.thread, "process_id": call.process_id, "outcome": outcome}
+        return [self._delivery.row(thread) for _, thread in sorted(self._threads.threads.items())]
 
     async def status(self, call: messages.Status, deadline: float | None) -> dict[str, Any]:
         states = [entry.state for entry in self._threads.entries()]
@@ -456,21 +469,17 @@ class Operations:
     # Acting on threads.
 
     async def create_thread(self, call: messages.CreateThread, deadline: float | None) -> ThreadRow:
-        return self._threads.create(call.thread).row()
+        return self._delivery.row(self._threads.create(call.thread))
 
     async def detach(self, call: messages.Detach, deadline: float | None) -> DetachedProcessSummary:
         thread = self._threads.threads.get(call.thread)
         if thread is None:
             return DetachedProcessSummary.of([])
-        while True:
-            while thread.life.phase is Phase.STARTING and not call.keep_worker:
-                await thread.changed()
+        if call.keep_worker:
             await self._threads.detach_thread_processes(call.thread)
-            if thread.life.phase is not Phase.STARTING or call.keep_worker:  # else it was killed meanwhile
-                break
-        if not call.keep_worker:
-            self._threads.dismiss(thread)
-            await self._threads.gone(thread)
+        else:
+            await self._delivery.rested(thread)
+            await self._threads.put_to_bed(thread)
         held = [e.key[1] for e in thread.entries.values() if e.custody.holder is Holder.BROKER]
         return DetachedProcessSummary.of(held)
 
@@ -485,7 +494,7 @@ class Operations:
             except WorkerGone:
                 await self._threads.death_proved(thread, peer)
                 continue
-            return thread.row()
+            return self._delivery.row(thread)
 
     async def reattach(self, call: messages.Reattach, deadline: float | None) -> ReattachSummary:
         return await self._threads.reattach_thread_processes(self._threads.get(call.thread))
@@ -499,15 +508,43 @@ class Operations:
             threads, everything = [self._threads.get(call.thread)], call.all
         else:
             threads, everything = list(self._threads.threads.values()), True
-        await asyncio.gather(*(self._threads.shutdown_thread(thread, everything=everything) for thread in threads))
-        return [thread.row() for thread in threads]
+        await asyncio.gather(*(self._shut_down(thread, everything=everything) for thread in threads))
+        return [self._delivery.row(thread) for thread in threads]
+
+    async def _shut_down(self, thread: Thread, *, everything: bool) -> None:
+        await self._delivery.stop(thread.thread_id)  # what is ended here is nothing to be woken for
+        await self._threads.shutdown_thread(thread, everything=everything)
+
+    # Programs and wakes.
+
+    async def start(self, call: messages.Start, deadline: float | None) -> ThreadRow:
+        return await self._delivery.start(call)
+
+    async def stop_program(self, call: messages.Stop, deadline: float | None) -> ThreadRow:
+        return await self._delivery.stop(call.thread)
+
+    async def list_wakes(self, call: messages.ListWakes, deadline: float | None) -> list[WakeRow]:
+        if call.thread is not None:
+            self._threads.get(call.thread)
+        return self._delivery.rows(call.thread, everything=call.all)
+
+    async def inventory(self, call: messages.Inventory, deadline: float | None) -> list[ProcessSummary]:
+        return inventory.of(self._threads.get(call.thread))
+
+    async def retry_wake(self, call: messages.RetryWake, deadline: float | None) -> WakeRow:
+        return (await self._delivery.retry(call.number)).row()
+
+    async def drop_wake(self, call: messages.DropWake, deadline: float | None) -> WakeRow:
+        return (await self._delivery.drop(call.number)).row()
 
     async def down(self, call: messages.Down, deadline: float | None) -> dict[str, Any]:
         live = [f"{thread}/{process_id}" for thread, process_id in (e.key for e in self._threads.live_entries())]
         if live and not call.force:
             named = ", ".join(sorted(live)[:20]) + (" …" if len(live) > 20 else "")
             raise BadRequest(f"{len(live)} processes live: {named}; end them, or use `outlive down --force`")
-        await self.shutdown(messages.Shutdown(all=True), deadline)
+        self._delivery.close()  # programs stay, and find at the next start what has come true
+        threads = list(self._threads.threads.values())
+        await asyncio.gather(*(self._threads.shutdown_thread(thread, everything=True) for thread in threads))
         self._stop()
         return {"ended": sorted(live)}
 

@@ -44,10 +44,11 @@ class Peer:
         self.thread_id = ""
         self.epoch = 0
         self.open = True
-        # Of a client: its requests under way, and those of them that only wait or read, dropped when it has gone.
+        # Of a client: its requests under way, and those of them that only wait or read, by their numbers,
+        # dropped when it has gone.
         # The others are carried to their end: half a handoff would leave a process without a pumper.
         self.tasks: set[asyncio.Task[None]] = set()
-        self.waits: set[asyncio.Task[None]] = set()
+        self.waits: dict[int, asyncio.Task[None]] = {}
         # Of a worker: what we wait for.
         self.calls: dict[int, asyncio.Future[Reply]] = {}
         # Of a worker: ids of the calls it was told to start something for, unless it has answered.
@@ -108,7 +109,7 @@ class Peer:
         for answer in self.calls.values():
             if not answer.done():
                 answer.set_exception(WorkerGone(f"the worker of thread {self.thread_id} died during the call"))
-        for task in self.waits:
+        for task in self.waits.values():
             task.cancel()
 
     def close(self) -> None:

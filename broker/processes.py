@@ -15,7 +15,7 @@ import os
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -28,12 +28,14 @@ from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
 from ..common.held import REPEATED_WITHIN, Held
 from ..common.launch import MARK
-from ..common.messages import Body, Collected, Delta, Ended, Forget, Orphaned
+from ..common.messages import Body, Collected, Delta, Ended, Forget, Matched, Orphaned
 from ..common.outcome import Outcome
 from ..common.paths import Paths, check_thread
 from ..common.pump import Pump, Pumps
+from ..common.rules import Rule, known
 from ..common.transcript import Transcript
 from . import custody, findings
+from .alarm import Alarm, listening
 from .custody import Effect, Event, Holder, State
 from .detached import DetachedStore
 from .entries import Entry, Thread
@@ -41,7 +43,8 @@ from .findings import EVENTS, VERDICTS, Leaseholder, Verdict
 from .journal import Journal
 from .lifecycle import Phase
 from .peers import Peer
-from .records import Limits, Record
+from .records import Key, Limits, Record
+from .watches import Armed, Match, Watches
 
 # Threads at most: each has a worker when awake.
 THREADS_MAX = 10_000
@@ -108,11 +111,18 @@ class Processes(ABC):
         self._world = world
         self._paths = paths
         self._config = config
-        self.store = DetachedStore(pumps, pump, on_ended=self._held_ended)
+        self.store = DetachedStore(
+            pumps, pump, on_ended=self._held_ended, on_found=lambda held: self.watches.look(held.key)
+        )
         self.threads: dict[str, Thread] = {}
         # How many descriptors of processes are held.
         self.descriptors = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alarm = Alarm(lambda: self.watches.alarm())
+        # What `delivery` hears: a rule came true; the agent was told of an end.
+        self.on_match: Callable[[Key, Rule, Match], None] = lambda key, rule, match: None
+        self.on_read: Callable[[Key], None] = lambda key: None
+        self.watches = Watches(self.came_true, set_alarm=self._alarm.set, listening=listening)
         # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
         self._orphans: dict[int, list[tuple[int, int]]] = {}
         limits = Limits(config.ended_keep_hours * 3600, config.ended_keep_count, config.journal_max_mb << 20)
@@ -126,6 +136,12 @@ class Processes(ABC):
     @abstractmethod
     def take_back(self, thread: Thread) -> None:
         """Give what the broker holds of a thread to its worker, which is up: soon, and one handoff at a time."""
+
+    def came_true(self, key: tuple[str, str], rule: Rule, match: Match) -> None:
+        """A rule of a process has come true, or with `Exit` it has ended while one was open."""
+        self.on_match(key, rule, match)
+        if entry := self.threads[key[0]].entries.get(key[1]):
+            entry.tell()
 
     def create(self, thread_id: str) -> Thread:
         """Return a thread, made known if it is new."""
@@ -197,10 +213,15 @@ class Processes(ABC):
                 offset=notice.offset,
                 chunk=notice.chunk,
             )
+        elif isinstance(notice, Matched):
+            self.watches.look(entry.key)
         elif isinstance(notice, Ended):
             self.move(entry, Event.ENDED, notice)
             self._expire_ended(thread)
         elif isinstance(notice, Collected):
+            outcome = entry.outcome
+            if outcome and outcome.by in (None, "caller"):  # else the worker let it go without an answer
+                self.on_read(entry.key)
             self.move(entry, Event.COLLECTED)
         elif isinstance(notice, Orphaned):
             self.orphaned(thread.thread_id, process_id)
@@ -416,6 +437,7 @@ class Processes(ABC):
         """Decide and do; a word that comes too late is logged and dropped."""
         if self.threads[entry.key[0]].entries.get(entry.key[1]) is not entry:
             return  # it is gone, or its successor's
+        before = entry.state
         try:
             former = entry.custody.holder
             entry.custody, effects = custody.step(entry.custody, event)
@@ -424,13 +446,36 @@ class Processes(ABC):
             return
         if event is Event.NEVER_RAN:
             self.threads[entry.key[0]].journal.never_ran(entry.key[1])
+        elif before is State.STARTING and entry.state is not before and entry.transcript:
+            self.watches.arm(entry.key, entry.transcript, self._added(entry.key))
         for effect in effects:
             self._do(entry, effect, former, notice)
+        self._watch(entry, before)
         if entry.state is State.GONE:
             thread = self.threads[entry.key[0]]
             if thread.entries.get(entry.key[1]) is entry:
                 del thread.entries[entry.key[1]]
         entry.tell()
+
+    def _added(self, key: tuple[str, str]) -> list[Armed]:
+        """Return the rules that were added to a process, as the journal has them."""
+        lines = self.journal.rulebook.of(key)
+        return [
+            Armed(rule, line.number, line.set_at, line.generation, line.slot, line.since, told=True)
+            for line, rule in zip(lines, known(line.rule for line in lines), strict=True)
+            if rule is not None
+        ]
+
+    def _watch(self, entry: Entry, before: State) -> None:
+        """Have what moved watched; who held it until now may not have told what it had found."""
+        if entry.state is State.GONE:
+            self.watches.drop(entry.key)
+            self.journal.rulebook.drop(entry.key)
+            return
+        if entry.state is State.ENDED and before is not State.ENDED:
+            self.watches.ended(entry.key, entry.outcome)
+        else:
+            self.watches.look(entry.key)
 
     def _do(self, entry: Entry, effect: Effect, former: Holder, notice: Ended | None) -> None:
         thread_id, process_id = entry.key
@@ -464,7 +509,7 @@ class Processes(ABC):
     def _start_pump(self, entry: Entry) -> None:
         try:
             # The store owns them while it pumps; we look at them through its `Held`.
-            self.store.insert(entry.key, entry.handles)
+            self.store.insert(entry.key, entry.handles, self.watches.to_look_for(entry.key))
         except (HandoffError, PeerError, OSError) as error:
             self._world.log(f"process {entry.key}: not pumped: {error}")
 
@@ -533,6 +578,7 @@ class Processes(ABC):
             entry.handles = Handles()
         for thread in self.threads.values():
             thread.entries.clear()  # a timer that is still to come finds nothing to decide about
+        self.watches.close()
         self.store.close()
         self.journal.close()
         return left

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from ..common.messages import Output, outcome_from_wire
@@ -151,3 +152,9 @@ class Shelf:
             gone.append(key)
             self.remove(key)
         return gone
+
+
+def rfc3339(nanoseconds: int) -> str:
+    """Return a time as RFC 3339 UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(nanoseconds / 1e9, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

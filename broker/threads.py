@@ -72,6 +72,20 @@ class ThreadManager(Workers):
                     self._world.publish("detached", thread.thread_id, process_id, call_id=entry.call_id)
         return DetachedProcessSummary.of([str(process_id) for process_id in exported])
 
+    async def put_to_bed(self, thread: Thread) -> None:
+        """Take a thread's processes from its worker, and see that gone; it may be wanted again by then."""
+        await self._settled(thread)
+        await self.detach_thread_processes(thread.thread_id)
+        while thread.life.phase is Phase.STARTING:  # it was killed meanwhile
+            await self._settled(thread)
+            await self.detach_thread_processes(thread.thread_id)
+        self.dismiss(thread)
+        await self.gone(thread)
+
+    async def _settled(self, thread: Thread) -> None:
+        while thread.life.phase is Phase.STARTING:
+            await thread.changed()
+
     async def reattach_thread_processes(self, thread: Thread) -> ReattachSummary:
         """Give what is detached to the thread's worker; raises `BadRequest` when there is none."""
         return await self._within(thread, self._reattach(thread), "takes its processes back")
@@ -98,7 +112,8 @@ class ThreadManager(Workers):
             try:
                 tickets = await self._send_parcels(peer, entries)
                 streams = {entry.key[1]: entry.stream for entry in entries if entry.stream}
-                summary = await self._order(peer, Import(tickets=tickets, streams=streams))
+                rules = {entry.key[1]: added for entry in entries if (added := self.watches.to_look_for(entry.key))}
+                summary = await self._order(peer, Import(tickets=tickets, streams=streams, rules=rules))
                 skipped = set(summary["skipped_process_ids"])
             except WorkerGone:
                 return ReattachSummary.of(0, ids)  # back with us since its death

@@ -16,7 +16,7 @@ from contextlib import suppress
 from ..common.config import Config
 from ..common.descriptors import Handles
 from ..common.errors import Unavailable
-from ..common.messages import Bye, Deltas, Welcome
+from ..common.messages import Bye, Deltas, LookFor, Welcome
 from ..common.paths import Paths
 from ..common.pump import Pump, Pumps
 from . import lifecycle
@@ -130,6 +130,9 @@ class Workers(Processes):
             self.lose_missing()
         thread.hung_up = 0
         for entry in list(thread.entries.values()):
+            self.watches.look(entry.key)  # what was found while no broker was there to be told
+            if added := self.watches.to_look_for(entry.key):
+                self.spawn(self._tell(peer, LookFor(process_id=entry.key[1], rules=added)))
             if entry.key[1] in process_ids:
                 if entry.custody.holder is Holder.BROKER and entry.key not in self.store:
                     entry.epoch = peer.epoch

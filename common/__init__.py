@@ -6,6 +6,7 @@ Read in this order; a module imports only from those above it.
     kernel       the few Linux calls that Python lacks: the only ctypes and ioctl of the project.
     outcome      how a process ended; never a made-up number.
     descriptors  the descriptors of one process, owned, closed exactly once.
+    rules        what may come true of a process, and wake its thread; when its output matches.
     transcript   a memfd with a header: everything a process printed, by offset, for ever.
     pump         terminal → transcript and input → terminal, without holding a byte.
     ending       who can know how a process ended, asked in order.
@@ -13,9 +14,11 @@ Read in this order; a module imports only from those above it.
     notify       what keeper, broker and spawner tell each other.
     launch       starting a process of our own; the names that children carry.
     config       the configuration file.
+    program      a thread's program, and what it is woken with.
     messages     every request, notice and reply, as frozen types.
     wire         messages as bytes, with limits; the ZeroMQ sockets.
     response     the result of one tool call, as an object and as text.
+    scanner      what is looked for in a process's output, before anything of it is punched out.
     held         one process in the hands of whoever pumps it, worker or broker.
     tree         every process that a child started, found and signalled.
     unit         the broker's systemd unit, if it is installed: where it is, how it is started.

@@ -42,10 +42,12 @@ from .messages import (
     Detach,
     DetachedProcessSummary,
     Down,
+    DropWake,
     ExecCommand,
     Kill,
     ListProcesses,
     ListThreads,
+    ListWakes,
     Output,
     ProcessRow,
     ReadOutput,
@@ -54,17 +56,25 @@ from .messages import (
     RecentEvents,
     Resize,
     Resume,
+    RetryWake,
+    RuleRow,
     Shutdown,
+    Start,
     Status,
+    Stop,
     ThreadRow,
     Upgrade,
     Wait,
+    WaitRow,
+    Watch,
     WriteStdin,
     outcome_from_wire,
 )
 from .outcome import Outcome, signal_number
 from .paths import Paths, SocketPath
+from .program import Program, WakeRow
 from .response import Response
+from .rules import rules_of
 
 # Seconds beyond its own waiting that a call may take: a worker may have to be started first.
 MARGIN = 60.0
@@ -123,6 +133,21 @@ class Host:
     async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
         """Return the live processes of all threads; `ended`: the ended ones too, until they expire."""
         return await self.call(ListProcesses(ended=ended), list[ProcessRow])
+
+    async def wakes(self, *, all: bool = False) -> list[WakeRow]:
+        """Return what threads are to be woken for, and dead letters, oldest first; `all`: what is over too."""
+        return await self.call(ListWakes(all=all), list[WakeRow])
+
+    async def retry_wake(self, number: int) -> WakeRow:
+        """Have a dead letter delivered once more, or what was not since the agent had read it; return it.
+
+        Raises `BadRequest` for one that is not known, or in a state where that makes no sense.
+        """
+        return await self.call(RetryWake(number=number), WakeRow)
+
+    async def drop_wake(self, number: int) -> WakeRow:
+        """Have a wake not delivered, whatever becomes of it; return it.  Raises `BadRequest` as above."""
+        return await self.call(DropWake(number=number), WakeRow)
 
     async def status(self) -> dict[str, Any]:
         """Return what the broker says about itself: version, pid, how many threads and processes, pump."""
@@ -329,6 +354,7 @@ class Thread:
         login: bool = True,
         env: Mapping[str, str] | None = None,
         call_id: str | None = None,
+        wake_on: Sequence[object] = (),
     ) -> Response:
         """Start a command and return what it printed until its end or for `yield_time_ms`.
 
@@ -337,6 +363,8 @@ class Thread:
         `yield_time_ms`: clamped to 250–30000.  `max_output_tokens`: of 4 bytes; what is longer keeps head and tail.
         `env`: added to the caller's environment.  `call_id`: the same
         id again returns the same process and starts nothing; made up when not given.
+        `wake_on`: what wakes the thread, besides what it does by itself: rules, see `rules`, such as `"exit"` or
+        `{"output": "error:"}`; whatever they are, the end of the process wakes it while one of them is open.
         Raises `SpawnError` with its stage when the program never ran, `LimitReached`, `BadRequest`.
         """
         here = os.getcwd()
@@ -355,6 +383,7 @@ class Thread:
             rows=rows,
             yield_time_ms=yield_time_ms,
             max_output_tokens=max_output_tokens,
+            wake_on=[str(rule) for rule in rules_of(wake_on)],
         )
         return await self.host.call(body, Response, yield_time_ms / 1000 + MARGIN)
 
@@ -447,6 +476,36 @@ class Thread:
         assert outcome is not None
         return outcome
 
+    async def wait_until(self, process_id: str, *rules: object, timeout: float | None = None) -> WaitRow:
+        """Wait until one of these rules is true of a process, or it has ended, without waking its thread.
+
+        The rules are those of `wake_on`; output counts from its beginning, silence and deadline from now.  Raises
+        `TimeoutError` after `timeout` seconds, `UnknownProcess`, `ExpiredProcess`, `BadRequest`.
+        """
+        body = Wait(
+            thread=self.thread_id,
+            process_id=process_id,
+            rules=[str(rule) for rule in rules_of(rules)],
+            asked_at=kernel.boottime(),
+        )
+        async with asyncio.timeout(timeout):
+            return await self.host.call(body, WaitRow, None)
+
+    async def watch(self, process_id: str, *rules: object, watch_id: str | None = None) -> list[RuleRow]:
+        """Have the thread woken when one of these rules is true of a process, which may run, or have ended.
+
+        The rules are those of `wake_on`.  One that is open already stays as it is, one that came true is set anew:
+        silence and deadline count from now, output from where it matched before.  The same `watch_id` again sets
+        nothing anew.  Raises `BadRequest`, `LimitReached`, `UnknownProcess`, `ExpiredProcess`.
+        """
+        body = Watch(
+            thread=self.thread_id,
+            process_id=process_id,
+            rules=[str(rule) for rule in rules_of(rules)],
+            watch_id=watch_id or secrets.token_hex(8),
+        )
+        return await self.host.call(body, list[RuleRow])
+
     async def kill(
         self,
         *process_ids: str,
@@ -483,6 +542,46 @@ class Thread:
         """
         body = Resize(thread=self.thread_id, process_id=process_id, columns=columns, rows=rows)
         return await self.host.call(body, dict[str, Any])
+
+    async def start(
+        self,
+        program: str | Sequence[str | bytes],
+        *,
+        workdir: str | os.PathLike[str] | None = None,
+        even_read: bool = False,
+    ) -> ThreadRow:
+        """Give the thread a program and wake it; its former program, if it has one, makes room.
+
+        `program`: text is a function, `MODULE:FUNCTION` or `FILE.py:FUNCTION`, called with a `Session` and a
+        `Wake`; a list is a command.  `workdir`: where it is looked for and runs; default: the caller's directory.
+        `even_read`: wake it also for ends that the agent has learned by itself.
+        Returns once the program is loaded and written down.  Raises `BadRequest`, saying what is wrong with it, or
+        that the former one runs at this moment.
+        """
+        here = os.getcwd()
+        body = Start(
+            thread=self.thread_id,
+            program=Program(
+                function=program if isinstance(program, str) else "",
+                argv=[] if isinstance(program, str) else [os.fsencode(word) for word in program],
+                workdir=os.fsencode(os.path.join(here, workdir) if workdir is not None else here),
+                path=os.environb.get(b"PATH", os.fsencode(os.defpath)),
+                even_read=even_read,
+            ),
+            call_id=secrets.token_hex(8),
+        )
+        return await self.host.call(body, ThreadRow, 2 * MARGIN)
+
+    async def stop(self) -> ThreadRow:
+        """Take the thread's program away, and what it would have been woken for; its processes run on.
+
+        One that runs is ended.  Without a program nothing happens.
+        """
+        return await self.host.call(Stop(thread=self.thread_id), ThreadRow)
+
+    async def wakes(self, *, all: bool = False) -> list[WakeRow]:
+        """Return what the thread is to be woken for, and its dead letters; `all`: what is over too."""
+        return await self.host.call(ListWakes(thread=self.thread_id, all=all), list[WakeRow])
 
     async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
         """Hand the thread's processes to the broker; answers when its worker has gone to bed, unless `keep_worker`.

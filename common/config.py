@@ -21,6 +21,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     when_full           `prune` the least recently used one, or `refuse` rather than end a live one.
     ended_keep_hours    how long an ended process answers.
     ended_keep_count    how many ended processes of a thread answer.
+    idle_sleep_s        seconds without a call after which a thread goes to bed, unless its program runs; 0: never.
     journal_max_mb      how much is kept of all of them together.
     pump                `auto`: splice where the kernel can; `copied` forces the lossy fallback, for tests.
     seed                makes process ids predictable, for tests.
@@ -31,6 +32,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     when_full: Literal["prune", "refuse"] = "prune"
     ended_keep_hours: Annotated[float, msgspec.Meta(ge=0)] = 24.0
     ended_keep_count: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 1000
+    idle_sleep_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     journal_max_mb: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1024
     pump: Literal["auto", "copied"] = "auto"
     seed: int | None = None

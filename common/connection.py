@@ -28,7 +28,7 @@ import zmq
 from . import channel, kernel, launch, wire
 from .channel import Channel
 from .errors import HandoffError, PeerError, Unavailable
-from .messages import Body, Reply
+from .messages import Body, NeverMind, Reply
 from .paths import Paths, SocketPath
 from .unit import installed
 
@@ -94,8 +94,15 @@ class Connection:
                 return await answer
         finally:
             self._replies.pop(number, None)
-            if answer.done() and not answer.cancelled():
+            if not answer.done() or answer.cancelled():
+                self._never_mind(number)
+            else:
                 answer.exception()  # it may have failed while nobody awaited it yet, which asyncio would report
+
+    def _never_mind(self, number: int) -> None:
+        if not self.lost.is_set():
+            with suppress(zmq.ZMQError):  # it learns it when we hang up
+                self._port.send([wire.encode(wire.request(NeverMind(request=number), token=self._token))])
 
     async def _until_lost(self) -> None:
         with suppress(TimeoutError):

@@ -15,15 +15,16 @@ import asyncio
 import os
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import ending, kernel
 from .descriptors import Handles
 from .errors import StdinClosed
-from .messages import Output
+from .messages import AddedRule, Output
 from .outcome import Outcome
 from .pump import Pump, Pumps
 from .response import Response, chunk_id, clip, output, tokens, whole_characters
+from .scanner import Scanner
 from .transcript import Gap, Lease, Transcript
 
 # Seconds to wait for more output after the end while somebody else keeps the terminal open.  What the process
@@ -52,12 +53,14 @@ class Held:
         "_loop",
         "_pumps",
         "_record_until",
+        "_scanner",
         "_waiters",
         "drained",
         "exited",
         "handles",
         "last_used",
         "on_ended",
+        "on_found",
         "on_output",
         "outcome",
         "pump",
@@ -73,8 +76,12 @@ class Held:
         *,
         on_ended: Callable[[Held], None],
         on_output: Callable[[Held], None] | None = None,
+        on_found: Callable[[Held], None] | None = None,
     ) -> None:
-        """Take over `handles`; raises `PeerError` when the transcript is none of ours (handles stay yours)."""
+        """Take over `handles`; raises `PeerError` when the transcript is none of ours (handles stay yours).
+
+        `on_found`: something that a rule is about was found in the output, and is in the header.
+        """
         self.transcript = Transcript(handles.transcript)
         self.handles = handles
         self.pump = pump(handles, self.transcript)
@@ -85,6 +92,7 @@ class Held:
         self.last_used = time.monotonic()
         self.on_ended = on_ended
         self.on_output = on_output
+        self.on_found = on_found
         self._pumps = pumps
         self._loop = asyncio.get_running_loop()
         self._waiters: list[asyncio.Future[None]] = []
@@ -94,6 +102,8 @@ class Held:
         self._ended_told = False
         self._hurry = False
         self._closing = False
+        # Most processes have no rule about their output, and need none.
+        self._scanner = Scanner(self.transcript) if self.transcript.facts.wake_on else None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -113,10 +123,17 @@ class Held:
 
     # Holding and letting go.
 
-    def begin(self, lease: Lease) -> None:
-        """Take the lease and pump; raises `HandoffError` while somebody else may be pumping."""
+    def begin(self, lease: Lease, added: Sequence[AddedRule] = ()) -> None:
+        """Take the lease and pump; raises `HandoffError` while somebody else may be pumping.
+
+        `added`: what to look for in the output beside what its header says.
+        """
         self.transcript.claim_lease(lease)
         self.pump.written = self.transcript.written
+        if added:
+            self.look_for(added)
+        else:
+            self._scan()  # the former holder may have died before it did
         self._pumps.add(self)
         self._pumps.kick(self)
         if self.handles.pidfd < 0:
@@ -149,6 +166,9 @@ class Held:
 
     def output_moved(self) -> None:
         """The transcript has grown."""
+        if self._scanner:
+            self._scanner.printed()
+            self._scan()
         if self._growth:
             _wake(self._growth)
         if self.on_output:
@@ -204,10 +224,29 @@ class Held:
         if self._ended_told or not self.ended or self._closing:
             return
         self._ended_told = True
+        self._scan(final=True)
         self.transcript.trim(self.pump.written, exact=True)
         _wake(self._waiters)
         _wake(self._growth)
         self.on_ended(self)
+
+    # Rules.
+
+    def look_for(self, added: Sequence[AddedRule]) -> None:
+        """Look in the output, also in what is kept of it, for what these rules are about beside the first ones."""
+        if self._scanner is None:
+            self._scanner = Scanner(self.transcript)
+        self._scanner.use(added)
+        self._scan(final=self._ended_told)
+
+    def _scan(self, *, final: bool = False) -> None:
+        if self._scanner is None:
+            return
+        found = self._scanner.scan(self.pump.written, final=final)
+        if self._scanner.idle:
+            self._scanner = None
+        if found and self.on_found:
+            self.on_found(self)
 
     # Input.
 

@@ -20,6 +20,7 @@ from functools import cache
 _libc = ctypes.CDLL(None, use_errno=True)
 _prctl = _libc.prctl  # looked up before any fork
 
+_TFD_TIMER_ABSTIME = 1
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _PR_SET_PDEATHSIG = 1
@@ -56,6 +57,20 @@ def _check(result: int, call: str) -> None:
 def boottime() -> float:
     """Return seconds since boot, suspend included (`CLOCK_BOOTTIME`): the clock of every deadline."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def timer() -> int:
+    """Return a timer on `CLOCK_BOOTTIME`, a descriptor that is readable once its time has come."""
+    fd = _libc.timerfd_create(time.CLOCK_BOOTTIME, os.O_NONBLOCK | os.O_CLOEXEC)
+    _check(fd, "timerfd_create")
+    return int(fd)
+
+
+def set_timer(fd: int, instant: int) -> None:
+    """Have a timer's time come at `instant`, in nanoseconds since boot; at once if that has passed."""
+    seconds, nanoseconds = divmod(max(instant, 1), 1_000_000_000)
+    value = struct.pack("qqqq", 0, 0, seconds, nanoseconds)
+    _check(_libc.timerfd_settime(fd, _TFD_TIMER_ABSTIME, value, None), "timerfd_settime")
 
 
 @cache

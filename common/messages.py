@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .outcome import Outcome
+from .program import Program, Wake
 
 # Raised only by a change that is no addition.  Two sides that differ speak the lower of their versions; one older
 # than `OLDEST` is refused, and its processes go to a worker of today.
@@ -42,6 +43,8 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Cells = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 Offset = Annotated[int, msgspec.Meta(ge=0, le=OFFSET_MAX)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+# The text of a wake rule, see `rules`.
+RuleText = Annotated[str, msgspec.Meta(max_length=1100)]
 SignalNumber = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
@@ -90,6 +93,7 @@ class ExecCommand(Body, frozen=True, kw_only=True):
     """Start a command; `cmd` is a shell command line (text) or an argv (list).
 
     `environment` is the caller's, `overrides` what the call itself sets.  `call_id` makes it count once.
+    `wake_on`: the rules whose coming true wakes the thread.
     """
 
     thread: Name
@@ -105,6 +109,7 @@ class ExecCommand(Body, frozen=True, kw_only=True):
     rows: Cells = 24
     yield_time_ms: Milliseconds = 10_000
     max_output_tokens: Tokens = 10_000
+    wake_on: list[RuleText] = []
 
 
 class WriteStdin(Body, frozen=True, kw_only=True):
@@ -158,11 +163,35 @@ class CreateThread(Body, frozen=True, kw_only=True):
     thread: Name
 
 
-class Wait(Body, frozen=True, kw_only=True):
-    """Answer once the process has ended and its output is in the transcript."""
+class Watch(Body, frozen=True, kw_only=True):
+    """Set rules on a process that has started, whose coming true wakes the thread.
+
+    Of a rule that is open already, or with the same `watch_id` again, that one is meant.  Output counts from the
+    beginning of what is kept, or where the same rule matched before.
+    """
 
     thread: Name
     process_id: Name
+    rules: Annotated[list[RuleText], msgspec.Meta(min_length=1)]
+    watch_id: Text
+
+
+class Wait(Body, frozen=True, kw_only=True):
+    """Answer once one of the rules is true, or the process has ended and its output is in the transcript.
+
+    No rules: `exit`.  `asked_at`: on `CLOCK_BOOTTIME`, from when deadline and silence count.
+    """
+
+    thread: Name
+    process_id: Name
+    rules: list[RuleText] = []
+    asked_at: Seconds | None = None
+
+
+class NeverMind(Body, frozen=True, kw_only=True):
+    """A notice: nobody waits any more for the answer to this request; one that only waits or reads is dropped."""
+
+    request: int
 
 
 class Kill(Body, frozen=True, kw_only=True):
@@ -216,6 +245,45 @@ class Shutdown(Body, frozen=True, kw_only=True):
     all: bool = False
 
 
+class Start(Body, frozen=True, kw_only=True):
+    """Give a thread a program and wake it; the same `call_id` again does that once."""
+
+    thread: Name
+    program: Program
+    call_id: Text
+
+
+class Stop(Body, frozen=True, kw_only=True):
+    """Take a thread's program away, and what it would have been woken for; its processes run on."""
+
+    thread: Name
+
+
+class ListWakes(Body, frozen=True, kw_only=True):
+    """What threads are to be woken for, and dead letters; `all`: what is over too."""
+
+    thread: Name | None = None
+    all: bool = False
+
+
+class Inventory(Body, frozen=True, kw_only=True):
+    """What a thread has: processes that live, that ended and were not read to their end, or are lost."""
+
+    thread: Name
+
+
+class RetryWake(Body, frozen=True, kw_only=True):
+    """Deliver a dead letter once more, or what was not delivered since the agent had read it."""
+
+    number: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class DropWake(Body, frozen=True, kw_only=True):
+    """Do not deliver this."""
+
+    number: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Status(Body, frozen=True, kw_only=True):
     """The broker about itself."""
 
@@ -237,14 +305,35 @@ class Down(Body, frozen=True, kw_only=True):
 # Bodies that only the broker sends to a worker.
 
 
+class AddedRule(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that was set after its process had started, as whoever pumps that needs it.
+
+    `number`: of the rule, in the header.  `slot`: for what is found.  `since`: the offset to look from.
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=(1 << 32) - 1)]
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=8)]
+    rule: RuleText
+    since: Offset = 0
+
+
+class LookFor(Body, frozen=True, kw_only=True):
+    """The rules that were added to a process, all of them: look for these."""
+
+    process_id: Name
+    rules: list[AddedRule]
+
+
 class Import(Body, frozen=True, kw_only=True):
     """Take over the processes in these parcels, which were sent before on the channel.
 
-    `streams`: process id → (next delta's number, offset), where a stream of deltas goes on.
+    `streams`: process id → (next delta's number, offset), where a stream of deltas goes on.  `rules`: process id →
+    what was added to those it was started with.
     """
 
     tickets: list[Text]
     streams: dict[str, tuple[int, int]] = {}
+    rules: dict[str, list[AddedRule]] = {}
 
 
 class Export(Body, frozen=True, kw_only=True):
@@ -265,6 +354,26 @@ class Deltas(Body, frozen=True, kw_only=True):
     """Whether anybody listens to output deltas."""
 
     wanted: bool
+
+
+class Load(Body, frozen=True, kw_only=True):
+    """Load this program, and say what is wrong with it."""
+
+    program: Program
+
+
+class Run(Body, frozen=True, kw_only=True):
+    """Run this program with this wake, and answer when it has returned, with its failure, or nothing.
+
+    Asked again for a run that is under way, or was the last, the answer is that one's: a new broker asks again.
+    """
+
+    program: Program
+    wake: Wake
+
+
+class CancelRun(Body, frozen=True, kw_only=True):
+    """End the run that is under way."""
 
 
 class Bye(Body, frozen=True, kw_only=True):
@@ -319,6 +428,12 @@ class Ended(Body, frozen=True, kw_only=True):
     announce: bool = True
 
 
+class Matched(Body, frozen=True, kw_only=True):
+    """Something was found in a process's output; what, is in its header."""
+
+    process_id: Text
+
+
 class Orphaned(Body, frozen=True, kw_only=True):
     """The spawner died while it was starting this process; what became of it is in the deposit."""
 
@@ -338,7 +453,9 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     ListProcesses,
     ListThreads,
     CreateThread,
+    Watch,
     Wait,
+    NeverMind,
     Kill,
     Resize,
     Detach,
@@ -346,6 +463,12 @@ CLIENT_BODIES: tuple[type[Body], ...] = (
     Reattach,
     Clean,
     Shutdown,
+    Start,
+    Stop,
+    ListWakes,
+    Inventory,
+    RetryWake,
+    DropWake,
     Status,
     RecentEvents,
     Upgrade,
@@ -355,14 +478,18 @@ WORKER_BODIES: tuple[type[Body], ...] = (
     ExecCommand,
     WriteStdin,
     ReadOutput,
+    LookFor,
     Import,
     Export,
     TerminateAll,
     Forget,
     Deltas,
+    Load,
+    Run,
+    CancelRun,
     Bye,
 )
-FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Delta, Ended, Collected, Orphaned)
+FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Delta, Matched, Ended, Collected, Orphaned)
 
 
 def op_of(body: type[Body]) -> str:
@@ -383,7 +510,10 @@ ThreadState = Literal["awake", "asleep", "failed"]
 
 
 class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream."""
+    """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream.
+
+    `wake_on`: the texts of the wake rules that it was started with.
+    """
 
     thread: str
     process_id: str
@@ -398,10 +528,14 @@ class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes_written: int
     bytes_delivered: int
     outcome: dict[str, Any] | None
+    wake_on: list[str] = []
 
 
 class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `threads`; `failed` says that its worker does not come up, its processes being safe."""
+    """One line of `threads`; `failed` says that its worker does not come up, its processes being safe.
+
+    `program`: as it was given, for people.  `running`: it runs at this moment.  `wakes`: how many are due.
+    """
 
     thread: str
     state: ThreadState
@@ -410,6 +544,9 @@ class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):
     attached: int
     detached: int
     ended: int
+    program: str | None = None
+    running: bool = False
+    wakes: int = 0
 
 
 class DetachedProcessSummary(msgspec.Struct, frozen=True):
@@ -435,6 +572,29 @@ class ReattachSummary(msgspec.Struct, frozen=True):
     def of(cls, reattached: int, skipped: list[str]) -> ReattachSummary:
         """Return the summary for this many taken and these refused."""
         return cls(reattached, len(skipped), sorted(skipped))
+
+
+class RuleRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that was set, and whether it is still to come true."""
+
+    thread: str
+    process_id: str
+    rule: str
+    open: bool
+
+
+class WaitRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a wait came to: the rule that came true; `None` when the process ended first, and none can any more.
+
+    `outcome`: of one that has ended.  `offset`, `text`: where in the output it matched, and what.
+    """
+
+    thread: str
+    process_id: str
+    rule: str | None
+    outcome: dict[str, Any] | None
+    offset: int | None
+    text: bytes | None
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

@@ -221,7 +221,7 @@ class Owner(Protocol):
     pump: Pump
 
     def output_moved(self) -> None:
-        """The transcript has grown."""
+        """The transcript has grown, and is about to be trimmed."""
 
     def terminal_closed(self) -> None:
         """End of file on the terminal, for now: a child that lives may open it again."""
@@ -358,8 +358,8 @@ class Pumps:
                 moved += pump.written - before
                 if step is not Step.FULL:
                     pump.refusal = None
-                pump.transcript.trim(pump.written)
                 owner.output_moved()
+                pump.transcript.trim(pump.written)
             if step is Step.FULL:
                 if owner not in self._full:
                     self._full.add(owner)

@@ -29,6 +29,9 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
        176     4  outcome valid   who knows     1 once the three above are true
        184   128  reason          who knows     UTF-8, zero-padded, for `lost`
        312     8  marked at       child         nanoseconds since boot, before pid: it had started by then
+       320     8  scanned         lease holder  bytes of the stream in which output rules have been looked for
+       328     8  output at       lease holder  nanoseconds since boot of the last output, while that matters
+       336   128  matches         lease holder  8 slots, for one output rule each: see `Found`
        512     …  static          creator       msgpack map, see `Facts`
 
 All numbers are little-endian; a value is written first, its valid flag after.  The lease is taken under a lock of
@@ -74,8 +77,12 @@ _TYPED = struct.Struct("<QQ")
 _HOLES = struct.Struct("<QQQQ")
 _OUTCOME = struct.Struct("<IiQI")
 _LIVE = struct.Struct("<II QIIII Q QQQQ QQ I4x IiQI4x 128s")
+_MATCH = struct.Struct("<IIQ")
 _PIPES_AT, _PID_AT, _LEASE_AT, _TOLD_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT = 24, 64, 72, 92, 96, 104, 136
 _BY_AT, _OUTCOME_AT, _REASON_AT, _MARKED_AT = 152, 160, 184, 312
+_SCANNED_AT, _OUTPUT_AT, _MATCHES_AT = 320, 328, 336
+# Output rules that may be looked for at once.
+MATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The static part of a header: what never changes about a process."""
+    """The static part of a header: what never changes about a process.
+
+    `wake_on`: the texts of the rules it was started with.
+    """
 
     thread_id: str
     process_id: str
@@ -109,6 +119,7 @@ class Facts:
     started_at_ns: int
     boot_id: str
     limits: Limits = Limits()
+    wake_on: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the msgpack map that stands in a header."""
@@ -126,6 +137,7 @@ class Facts:
                 "started_at": self.started_at_ns,
                 "boot": self.boot_id,
                 "limits": [limits.head, limits.tail, limits.unread, limits.slack],
+                **({"wake_on": list(self.wake_on)} if self.wake_on else {}),
             },
             unicode_errors="surrogateescape",  # a call id is the caller's own word
         )
@@ -150,6 +162,7 @@ class Facts:
                 table["started_at"],
                 table["boot"],
                 Limits(*table["limits"]),
+                tuple(table.get("wake_on", ())),
             )
         except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
             raise PeerError(f"transcript header: its static part is damaged ({error!r})") from None
@@ -165,6 +178,8 @@ class Facts:
         _demand("tty", self.tty, bool)
         for word in self.argv:
             _demand("argv", word, bytes)
+        for rule in self.wake_on:
+            _demand("wake_on", rule, str)
         for name in ("columns", "rows", "started_at_ns"):
             _demand(name, getattr(self, name), int)
         for name in ("head", "tail", "unread", "slack"):
@@ -209,6 +224,19 @@ class Lease:
 class Gap:
     """Bytes `start` to `end` (exclusive) of the stream that were printed and are not kept."""
 
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Bytes `start` to `end` of the stream that an output rule of the process matched.
+
+    In its slot: 4 bytes its rule's number plus one (0: free), 4 bytes of length, 8 bytes `start`.  The rules that a
+    process was started with are numbered from 0, whatever they are about; who adds others numbers them.
+    """
+
+    number: int
     start: int
     end: int
 
@@ -428,6 +456,42 @@ class Transcript:
         fields = KINDS.index(outcome.kind), value or 0, time.time_ns()
         os.pwrite(self.fd, _OUTCOME.pack(*fields, 0), _OUTCOME_AT)
         os.pwrite(self.fd, _OUTCOME.pack(*fields, 1), _OUTCOME_AT)
+
+    # What its output rules are about.
+
+    @property
+    def scanned(self) -> int:
+        """Bytes of the stream in which its output rules have been looked for."""
+        (offset,) = _U64.unpack(os.pread(self.fd, 8, _SCANNED_AT))
+        return int(offset)
+
+    def count_scanned(self, offset: int) -> None:
+        """Record that everything before `offset` has been looked at, and what was found there recorded."""
+        os.pwrite(self.fd, _U64.pack(offset), _SCANNED_AT)
+
+    @property
+    def output_at(self) -> int:
+        """When it printed last, in nanoseconds since boot; 0 when that was not recorded."""
+        (moment,) = _U64.unpack(os.pread(self.fd, 8, _OUTPUT_AT))
+        return int(moment)
+
+    def record_output(self) -> None:
+        """Record that it has printed something now."""
+        os.pwrite(self.fd, _U64.pack(time.clock_gettime_ns(time.CLOCK_BOOTTIME)), _OUTPUT_AT)
+
+    def matches(self) -> list[Found]:
+        """Return what was found; raises `PeerError` for what cannot be."""
+        raw = os.pread(self.fd, _MATCH.size * MATCHES, _MATCHES_AT)
+        found = [Found(number - 1, at, at + length) for number, length, at in _MATCH.iter_unpack(raw) if number]
+        if any(match.end > self.written for match in found):
+            raise PeerError("transcript header: a match beyond what was written")
+        return found
+
+    def record_match(self, slot: int, match: Found) -> None:
+        """Record, before it is told to anybody, what was found."""
+        fields = match.end - match.start, match.start
+        os.pwrite(self.fd, _MATCH.pack(0, *fields), _MATCHES_AT + slot * _MATCH.size)
+        os.pwrite(self.fd, _U32.pack(match.number + 1), _MATCHES_AT + slot * _MATCH.size)
 
     # What is kept.
 

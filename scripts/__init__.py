@@ -9,8 +9,10 @@ Read in this order; each program stands after what it is made of.
     units        the text of a systemd unit, and why each setting is there.
     installation installing the broker as a systemd unit, and taking it out again.
     views        the commands that look, and change nothing.
+    waiting      the commands about rules: wait and watch.
     orders       the commands that change something.
     cli          `outlive`, the command line.
+    examples/    agents to start from.
 
     home         an OUTLIVE_HOME for one run of the next three programs, emptied and removed at its end.
     demo         the main job on real input, told as a story; checks each of its claims.

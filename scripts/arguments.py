@@ -114,6 +114,32 @@ class ProcessName(click.ParamType[tuple[str | None, str]]):
         return [item for item in _ask(names) if item.value.startswith(incomplete)]
 
 
+class WakeNumber(click.ParamType[int]):
+    """A wake, by its number."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        text = str(value)
+        if not (text.isascii() and text.isdecimal() and 0 < int(text[:20]) < 1 << 62):
+            self.fail(f"wake {text[:40]!r}: use its number, as `outlive wakes` shows it", param, ctx)
+        return int(text)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer what is not over."""
+
+        async def numbers(host: Host) -> list[CompletionItem]:
+            return [
+                CompletionItem(
+                    str(row.number), help=f"{row.state}: {row.thread} {row.process_id or ''} {row.rule}"[:60]
+                )
+                for row in await host.wakes()
+            ]
+
+        return [item for item in _ask(numbers) if item.value.startswith(incomplete)]
+
+
 class Size(click.ParamType[tuple[int, int]]):
     """A terminal's size, `COLSxROWS`; becomes (columns, rows)."""
 

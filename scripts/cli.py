@@ -10,7 +10,7 @@ Always true
     rendering   how results leave.
     frame       what all commands share.
     tools       exec, write.
-    views       what only looks: status, doctor, ps, threads, logs, wait, events.
+    views       what only looks: status, doctor, ps, threads, wakes, logs, wait, events.
     orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
     doctor/     the checks of `outlive doctor`.
 """
@@ -22,7 +22,7 @@ import sys
 
 import click
 
-from . import orders, tools, views
+from . import orders, tools, views, waiting
 from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Commands
 from .rendering import ReaderGone, message, write_json, write_line
 
@@ -56,11 +56,15 @@ for _command in (
     tools.write_,
     views.ps,
     views.threads,
+    views.wakes,
     views.logs,
-    views.wait,
+    waiting.wait,
+    waiting.watch,
     orders.kill,
     orders.resize,
     views.events,
+    orders.start,
+    orders.stop,
     orders.detach,
     orders.resume,
     orders.reattach,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..common.client import Host, Thread
     from ..common.messages import ThreadRow
+    from ..common.rules import Rule
 
 FAILED, USAGE, TIMED_OUT, LOST, INTERRUPTED, READER_GONE = 1, 2, 124, 125, 130, 141
 
@@ -112,6 +113,26 @@ tokens_option = click.option(
     help="Shorten the shown output to about N tokens of 4 bytes; default: 10000.",
 )
 
+wake_on_option = click.option(
+    "--wake-on",
+    multiple=True,
+    metavar="RULE",
+    help="Wake the thread on: exit, output=RE, silence=S, port=N, deadline=S; repeatable.",
+)
+
+
+def rules_from(texts: Sequence[str], option: str) -> list[Rule]:
+    """Return the rules of an option; a wrong one is a usage error."""
+    if not texts:
+        return []
+    from ..common.errors import BadRequest
+    from ..common.rules import parse_all
+
+    try:
+        return parse_all(texts)
+    except BadRequest as error:
+        raise click.UsageError(f"{option}: {error}") from None
+
 
 def key_of(process: Process, thread: str | None) -> tuple[str, str]:
     """Return thread and id of a PROCESS, given the option `-t`."""
@@ -128,12 +149,25 @@ def thread_of(host: Host, thread_id: str) -> Thread:
     return Thread(host, thread_id)
 
 
-_THREAD_COLUMNS = ("THREAD", "STATE", "WORKER", "EPOCH", "ATTACHED", "DETACHED", "ENDED")
+_THREAD_COLUMNS = ("THREAD", "STATE", "WORKER", "EPOCH", "ATTACHED", "DETACHED", "ENDED", "WAKES", "PROGRAM")
 
 
 def thread_table(rows: Sequence[ThreadRow]) -> None:
     table(
         _THREAD_COLUMNS,
-        [(r.thread, r.state, r.worker_pid, r.epoch, r.attached, r.detached, r.ended) for r in rows],
-        numbers=_THREAD_COLUMNS[2:],
+        [
+            (
+                row.thread,
+                "running" if row.running else row.state,
+                row.worker_pid,
+                row.epoch,
+                row.attached,
+                row.detached,
+                row.ended,
+                row.wakes,
+                row.program,
+            )
+            for row in rows
+        ],
+        numbers=_THREAD_COLUMNS[2:-1],
     )

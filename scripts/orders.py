@@ -146,7 +146,7 @@ def _counted(count: int, ids: Sequence[str]) -> str:
 def detach(thread: str, keep_worker: bool, as_json: bool) -> None:
     """Put a thread to sleep.
 
-    Its processes go to the broker and run on, its worker ends.
+    Its processes go to the broker and run on, its worker ends. A program that runs is waited for.
 
     \b
     Example: outlive detach build
@@ -170,6 +170,53 @@ def resume(thread: str, as_json: bool) -> None:
         f"thread {row.thread} is {row.state}: worker {row.worker_pid}, epoch {row.epoch}, {row.attached} attached"
     )
     show(row, as_json, text)
+
+
+@command()
+@thread_argument
+@click.argument("program", nargs=-1, required=True, metavar="MODULE:FUNCTION|FILE.py:FUNCTION|-- COMMAND...")
+@click.option(
+    "-w", "--workdir", type=click.Path(), metavar="DIR", help="Where the program is found and runs; default: here."
+)
+@click.option("--even-read", is_flag=True, help="Wake it also for ends that the agent has learned by itself.")
+def start(thread: str, program: tuple[str, ...], workdir: str | None, even_read: bool, as_json: bool) -> None:
+    """Give a thread a program, and wake it.
+
+    A function, `async def main(session, wake)`, lives in the thread's worker. It is called now, and again when a
+    wake rule of a process comes true; when it returns, the thread goes to bed with its processes running.
+
+    A command is run instead, with the wake as JSON on its standard input and, unless that is longer than 100 kB, in
+    OUTLIVE_WAKE; exit status 0 means that it has taken the wake. One word with a colon is a function, one with
+    spaces a line for the shell.
+
+    \b
+    Examples: outlive start build agent.py:main
+              outlive start build -- ./on-wake --verbose
+    """
+    given: str | list[str] = list(program)
+    if len(program) == 1:
+        place, colon, _ = program[0].rpartition(":")
+        one_line = any(character.isspace() for character in program[0]) and not place.endswith(".py")
+        if one_line:
+            given = ["/bin/sh", "-c", program[0]]
+        elif colon:
+            given = program[0]
+    row = with_host(lambda host: thread_of(host, thread).start(given, workdir=workdir, even_read=even_read))
+    show(row, as_json, f"thread {row.thread} runs {row.program}")
+
+
+@command()
+@thread_argument
+def stop(thread: str, as_json: bool) -> None:
+    """Take a thread's program away.
+
+    One that runs is ended, and what it would have been woken for is dropped. The thread's processes run on.
+
+    \b
+    Example: outlive stop build
+    """
+    row = with_host(lambda host: thread_of(host, thread).stop())
+    show(row, as_json, f"thread {row.thread} has no program; {row.attached + row.detached} processes run on")
 
 
 @command()
@@ -210,7 +257,7 @@ def shutdown(thread: str | None, everything: bool, as_json: bool) -> None:
     """End a thread's worker and processes.
 
     Its detached processes are left alone, unless --all is given. Without THREAD this ends everything of every
-    thread.
+    thread. A program is taken away, as by `outlive stop`: nothing is left to wake it for.
 
     \b
     Example: outlive shutdown build --all

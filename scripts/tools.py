@@ -16,9 +16,11 @@ from .frame import (
     in_thread,
     key_of,
     process_argument,
+    rules_from,
     show,
     thread_of,
     tokens_option,
+    wake_on_option,
     with_host,
     yield_option,
 )
@@ -42,6 +44,7 @@ _INPUT_PAUSE = 0.05
 @tokens_option
 @click.option("-w", "--workdir", type=click.Path(), metavar="DIR", help="Directory to run in; default: this one.")
 @click.option("-e", "--env", type=Assignment(), multiple=True, help="Set a variable; may be repeated.")
+@wake_on_option
 @click.option("--call-id", metavar="ID", help="The same ID again returns the same process and starts nothing.")
 @click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
 def exec_(
@@ -52,6 +55,7 @@ def exec_(
     max_output_tokens: int,
     workdir: str | None,
     env: Sequence[tuple[str, str]],
+    wake_on: Sequence[str],
     call_id: str | None,
     cmd: Sequence[str],
     as_json: bool,
@@ -61,7 +65,7 @@ def exec_(
     That is: until it ends, or for 10 seconds (--yield-ms). It runs on after that, and whatever happens to you,
     under the id that is shown. It gets this directory and this environment. Several words are a program and its
     arguments; one word with spaces is a line for the shell. The exit status is 0 whatever becomes of the command:
-    `outlive wait` passes that on.
+    `outlive wait` passes that on. Rules (--wake-on) wake the thread later, when one of them comes true.
 
     \b
     Examples: outlive exec -- make -j8
@@ -78,6 +82,7 @@ def exec_(
         if not (workdir and os.path.isabs(workdir)):
             raise click.ClickException("this directory does not exist any more; go to another one") from None
         os.chdir("/")
+    rules = rules_from(wake_on, "--wake-on")
     one_line = len(cmd) == 1 and any(character.isspace() for character in cmd[0])
 
     async def work(host: Host) -> Response:
@@ -90,6 +95,7 @@ def exec_(
             max_output_tokens=max_output_tokens,
             env=dict(env),
             call_id=call_id,
+            wake_on=rules,
         )
 
     result = with_host(work)

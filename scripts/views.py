@@ -1,4 +1,4 @@
-"""The commands that look, and change nothing: status, doctor, ps, threads, logs, wait, events."""
+"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, events."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import ThreadName
+from .arguments import ThreadName, WakeNumber
 from .frame import (
     FAILED,
-    LOST,
-    TIMED_OUT,
     Process,
     command,
     in_thread,
     key_of,
     process_argument,
-    processes_argument,
     show,
     thread_of,
     thread_table,
@@ -28,7 +25,7 @@ from .rendering import ends_with_reader, message, printable, table, write, write
 if TYPE_CHECKING:
     from ..common.client import Host
     from ..common.messages import Output, ProcessRow
-    from ..common.outcome import Outcome
+    from ..common.program import WakeRow
 
 
 @command()
@@ -128,11 +125,63 @@ def _brief(outcome: dict[str, Any] | None) -> str | None:
 def threads(as_json: bool) -> None:
     """List threads, and whether they are awake.
 
+    Also the program of each, and for how much it is still to be woken.
+
     \b
     Example: outlive threads
     """
     rows = with_host(lambda host: host.threads())
     show(rows, True, "") if as_json else thread_table(rows)
+
+
+@command()
+@click.option("-t", "--thread", type=ThreadName(), metavar="THREAD", help="Only this thread's.")
+@click.option("--all", "everything", is_flag=True, help="Also what is over.")
+@click.option("--retry", type=WakeNumber(), metavar="NUMBER", help="Deliver a dead letter once more.")
+@click.option("--drop", type=WakeNumber(), metavar="NUMBER", help="Do not deliver a wake.")
+def wakes(thread: str | None, everything: bool, retry: int | None, drop: int | None, as_json: bool) -> None:
+    """List what threads are to be woken for, and what could not be delivered.
+
+    A wake is pending until its thread's program has returned. One with which the program has failed five times is
+    dead: repair the program, and --retry the wake, or --drop it. What the agent had read by itself is not
+    delivered; --retry does that, too.
+
+    \b
+    Examples: outlive wakes -t build --all
+              outlive wakes --retry 17
+    """
+    if retry is not None and drop is not None:
+        raise click.UsageError("--retry and --drop exclude each other")
+
+    async def work(host: Host) -> list[WakeRow]:
+        if retry is not None:
+            return [await host.retry_wake(retry)]
+        if drop is not None:
+            return [await host.drop_wake(drop)]
+        return await (thread_of(host, thread) if thread else host).wakes(all=everything)
+
+    rows = with_host(work)
+    if as_json:
+        show(rows if retry is None and drop is None else rows[0], True, "")
+        return
+    table(
+        ("NUMBER", "THREAD", "PROCESS", "RULE", "STATE", "FAILED", "SINCE", "OUTCOME", "FAILURE"),
+        [
+            (
+                row.number,
+                row.thread,
+                row.process_id,
+                row.rule,
+                row.state,
+                row.failures,
+                row.at[:19] + "Z",
+                _brief(row.outcome),
+                row.failure,
+            )
+            for row in rows
+        ],
+        numbers=("NUMBER", "FAILED"),
+    )
 
 
 @command()
@@ -277,58 +326,13 @@ def _log_object(thread: str, process_id: str, since: int, pieces: Sequence[Outpu
 
 
 @command()
-@in_thread
-@processes_argument
-@click.option(
-    "--timeout", type=click.FloatRange(0), metavar="S", help="Give up after S seconds, with exit status 124."
-)
-def wait(thread: str | None, processes: Sequence[Process], timeout: float | None, as_json: bool) -> int:
-    """Wait until processes have ended.
-
-    The exit status is that of the process (128 + N if signal N ended it, 125 if its end is not known); 0 for
-    several.
-
-    \b
-    Example: outlive wait 4711 --timeout 60
-    """
-    import asyncio
-
-    keys = list(dict.fromkeys(key_of(process, thread) for process in processes))
-
-    async def one(host: Host, key: tuple[str, str]) -> Outcome | None:
-        try:
-            outcome = await thread_of(host, key[0]).wait(key[1], timeout)
-        except TimeoutError:
-            message(f"process {key[0]}/{key[1]} has not ended after {timeout:g} s")
-            return None
-        line = {"thread": key[0], "process_id": key[1], "outcome": outcome.to_wire()}
-        show(line, as_json, f"{key[0]}/{key[1]}: {outcome.sentence()}")
-        return outcome
-
-    async def work(host: Host) -> list[Outcome | None]:
-        tasks = [asyncio.ensure_future(one(host, key)) for key in keys]
-        try:
-            with ends_with_reader():
-                return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    outcomes = with_host(work)
-    if None in outcomes:
-        return TIMED_OUT
-    if len(outcomes) > 1 or (outcome := outcomes[0]) is None:
-        return 0
-    return LOST if outcome.exit_code is None else outcome.exit_code
-
-
-@command()
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens now, until the broker ends for good.")
 @click.option("--deltas", is_flag=True, help="With -f: output too, piece by piece.")
 def events(follow: bool, deltas: bool, as_json: bool) -> None:
     """Show what has happened lately.
 
-    Processes that began, ended, were detached or reattached; workers and brokers that came and went.
+    Processes that began, ended, were detached or reattached; wakes and what became of them; workers and brokers
+    that came and went.
 
     \b
     Example: outlive events -f --json

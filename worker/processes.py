@@ -17,13 +17,13 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from ..common import kernel, launch, tree
+from ..common import kernel, launch, rules, tree
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
 from ..common.errors import (
@@ -37,9 +37,11 @@ from ..common.errors import (
 )
 from ..common.held import REPEATED_WITHIN, Held, exec_yield, write_yield
 from ..common.messages import (
+    AddedRule,
     Body,
     Collected,
     ExecCommand,
+    Matched,
     Output,
     ReadOutput,
     WriteStdin,
@@ -254,11 +256,15 @@ class ProcessManager:
         return exported
 
     def import_processes(
-        self, parcel: dict[tuple[str, str], Handles], streams: dict[str, tuple[int, int]] | None = None
+        self,
+        parcel: dict[tuple[str, str], Handles],
+        streams: dict[str, tuple[int, int]] | None = None,
+        added: dict[str, list[AddedRule]] | None = None,
     ) -> list[str]:
         """Take processes over and pump them; return the ids that were refused, their handles closed.
 
-        On a collision the attached process wins, and the detached one stays the broker's.
+        `streams`, `added`: as in the message, `added` being its `rules`.  On a collision the attached process wins,
+        and the detached one stays the broker's.
         """
         refused = []
         for (thread_id, process_id), handles in parcel.items():
@@ -271,7 +277,7 @@ class ProcessManager:
                 if held.key != (thread_id, process_id):
                     raise PeerError(f"parcel calls {held.key} {(thread_id, process_id)}")
                 seq, offset = (streams or {}).get(process_id, (0, None))
-                self._adopt(held, seq, offset)
+                self._adopt(held, seq, offset, added=(added or {}).get(process_id, ()))
             except (HandoffError, PeerError, OSError):
                 handles.close()
                 refused.append(process_id)
@@ -366,6 +372,7 @@ class ProcessManager:
             rows=call.rows,
             started_at_ns=time.time_ns(),
             boot_id=kernel.boot_id(),
+            wake_on=tuple(str(rule) for rule in rules.parse_all(call.wake_on)),
         )
         return Order(facts, environment_of(call, facts), self._lease)
 
@@ -434,9 +441,10 @@ class ProcessManager:
             self._pump,
             on_ended=self._ended,
             on_output=self._output,
+            on_found=lambda held: self._send(Matched(process_id=held.process_id)),
         )
 
-    def _adopt(self, held: Held, seq: int, offset: int | None) -> None:
+    def _adopt(self, held: Held, seq: int, offset: int | None, added: Sequence[AddedRule] = ()) -> None:
         facts = held.transcript.facts
         if self._deltas and offset is None:
             offset = held.pump.written
@@ -448,7 +456,7 @@ class ProcessManager:
         # Collected, and here again: the broker died before it had recorded that.
         self._collected.pop(facts.call_id, None)
         try:
-            held.begin(self._lease)
+            held.begin(self._lease, added)
         except BaseException:
             del self._processes[held.process_id]
             self._calls.pop(facts.call_id, None)

@@ -28,6 +28,10 @@ from ..common.transcript import Facts
 from .link import Link
 from .nursery import Nursery
 from .processes import ProcessManager
+from .programs import Programs
+
+# Seconds for the last answer to be on its way.
+_LAST_WORDS = 0.05
 
 
 class Session:
@@ -40,6 +44,8 @@ class Session:
         self._pumps = Pumps(loop)
         self._nursery = Nursery(paths.log, self._orphaned, lock=lock)
         self._done = asyncio.Event()
+        self._programs = Programs(paths)
+        self._failure = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._link = Link(
             paths,
@@ -59,22 +65,30 @@ class Session:
             messages.ExecCommand: self.manager.exec_command,
             messages.WriteStdin: self.manager.write_stdin,
             messages.ReadOutput: self.manager.read_output,
+            messages.LookFor: self._look_for,
             messages.Import: self._import,
             messages.Export: self._export,
             messages.TerminateAll: self._terminate_all,
             messages.Forget: self._forget,
             messages.Deltas: self._want_deltas,
+            messages.Load: self._programs.load,
+            messages.Run: self._run_program,
+            messages.CancelRun: self._cancel_run,
             messages.Bye: self._bye,
         }
 
     async def run(self) -> None:
-        """Serve until told to go to bed; raises `PeerError` when the broker refuses this worker."""
+        """Serve until told to go to bed; raises `PeerError` when the broker refuses this worker.
+
+        Raises `OutliveError` when the program failed, since nothing is to be built on what that has left behind.
+        """
         link = asyncio.create_task(self._link.run())
         done = asyncio.create_task(self._done.wait())
         finished, _ = await asyncio.wait({link, done}, return_when=asyncio.FIRST_COMPLETED)
         for task in self._tasks:  # what still waits for output would read from closed descriptors
             task.cancel()
         await asyncio.wait({asyncio.create_task(asyncio.sleep(0)), *self._tasks})
+        await self._programs.close()
         self._nursery.close()
         self.manager.close()
         self._link.close()
@@ -83,6 +97,8 @@ class Session:
         if link in finished:
             link.result()
         link.cancel()
+        if self._failure:
+            raise OutliveError(f"its program failed: {self._failure}")
 
     def _connected(self, channel: Channel, welcome: Welcome) -> None:
         self.manager.used |= welcome.ids()
@@ -116,8 +132,11 @@ class Session:
 
     async def _import(self, body: messages.Import) -> Any:
         parcel = self._link.claim(body.tickets)
-        refused = self.manager.import_processes(parcel, body.streams)
+        refused = self.manager.import_processes(parcel, body.streams, body.rules)
         return ReattachSummary.of(len(parcel) - len(refused), refused)
+
+    async def _look_for(self, body: messages.LookFor) -> None:
+        self.manager.held(body.process_id).look_for(body.rules)
 
     async def _export(self, body: messages.Export) -> list[str]:
         return await self.manager.export_processes()
@@ -130,6 +149,16 @@ class Session:
 
     async def _want_deltas(self, body: messages.Deltas) -> None:
         self.manager.want_deltas(body.wanted)
+
+    async def _run_program(self, body: messages.Run) -> str:
+        failure = await self._programs.run(body)
+        if failure and body.program.function:
+            self._failure = failure
+            asyncio.get_running_loop().call_later(_LAST_WORDS, self._done.set)
+        return failure
+
+    async def _cancel_run(self, body: messages.CancelRun) -> None:
+        await self._programs.cancel()
 
     async def _bye(self, body: messages.Bye) -> None:
         self._done.set()

@@ -641,7 +641,7 @@ async def test_a_file_that_is_no_database_is_set_aside_and_everything_works(brok
     works(brokers)
 
 
-@pytest.mark.parametrize("version", [2, 0])
+@pytest.mark.parametrize("version", [3, 0])
 async def test_a_database_of_another_version_is_set_aside_and_its_ids_are_taken_over(
     brokers: Brokers, version: int
 ) -> None:

@@ -81,7 +81,7 @@ async def test_a_worker_that_does_not_answer_in_time_is_unavailable_and_a_late_a
 
 async def test_hanging_up_drops_what_a_client_waits_for(peer: Peer) -> None:
     task = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
-    peer.waits.add(task)  # type: ignore[arg-type]
+    peer.waits[1] = task  # type: ignore[assignment]
     assert peer.token
     peer.hang_up()
     await asyncio.wait([task])

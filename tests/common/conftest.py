@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -38,7 +38,14 @@ PYTHON = (sys.executable, "-I", "-S", "-c")
 RAW = "import os, tty; tty.setraw(0); os.write(1, b'raw');"
 
 
-def facts_of(process_id: str = "1001", *, tty: bool = True, limits: Limits = DEFAULT, mark: str = MARK) -> Facts:
+def facts_of(
+    process_id: str = "1001",
+    *,
+    tty: bool = True,
+    limits: Limits = DEFAULT,
+    mark: str = MARK,
+    wake_on: tuple[str, ...] = (),
+) -> Facts:
     return Facts(
         thread_id="t",
         process_id=process_id,
@@ -52,6 +59,7 @@ def facts_of(process_id: str = "1001", *, tty: bool = True, limits: Limits = DEF
         started_at_ns=1_700_000_000_123_456_789,
         boot_id="b" * 36,
         limits=limits,
+        wake_on=wake_on,
     )
 
 
@@ -139,18 +147,18 @@ class Children:
         os.write(fd, output)
         return Transcript(fd)
 
-    def handles(self, *, tty: bool = True, limits: Limits = DEFAULT, mark: str = MARK) -> Handles:
+    def handles(self, *, tty: bool = True, mark: str = MARK, **facts: Any) -> Handles:
         """Return what exists before a child does; with a terminal also the pipes."""
-        handles = Handles({"transcript": Transcript.create(facts_of(tty=tty, limits=limits, mark=mark), DEAD)})
+        handles = Handles({"transcript": Transcript.create(facts_of(tty=tty, mark=mark, **facts), DEAD)})
         if tty:
             handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._handles.append(handles)
         return handles
 
-    def start(self, *argv: str, tty: bool = True, limits: Limits = DEFAULT, mark: str = MARK) -> Handles:
+    def start(self, *argv: str, tty: bool = True, mark: str = MARK, **facts: Any) -> Handles:
         """Start `argv`, leading a session: on a terminal, or with its output in a pipe and no input."""
-        handles = self.handles(tty=tty, limits=limits, mark=mark)
+        handles = self.handles(tty=tty, mark=mark, **facts)
         environment = {**os.environb, launch.MARK: mark.encode()}
         if tty:
             handles.terminal, theirs = os.openpty()
@@ -172,8 +180,8 @@ class Children:
         mark_started(handles.transcript, pid)
         return handles
 
-    def python(self, program: str, *arguments: str, tty: bool = True, limits: Limits = DEFAULT) -> Handles:
-        return self.start(*PYTHON, program, *arguments, tty=tty, limits=limits)
+    def python(self, program: str, *arguments: str, tty: bool = True, **facts: Any) -> Handles:
+        return self.start(*PYTHON, program, *arguments, tty=tty, **facts)
 
     def fork(self, act: Callable[[], None]) -> int:
         """Run `act` in a forked process; return its pid."""

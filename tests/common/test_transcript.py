@@ -8,6 +8,7 @@ import signal
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from outlive.common import kernel
 from outlive.common.errors import PeerError
 from outlive.common.outcome import BYS, KINDS, Outcome
-from outlive.common.transcript import PAGE, Facts, Gap, Lease, Limits, Transcript, mark_started, wanted_holes
+from outlive.common.transcript import PAGE, Facts, Found, Gap, Lease, Limits, Transcript, mark_started, wanted_holes
 
 from .conftest import DEAD, DEFAULT, Children, await_end, eventually, facts_of, in_a_child
 
@@ -109,6 +110,35 @@ def test_a_written_header_is_these_bytes(children: Children) -> None:
     assert raw[176:180] == bytes.fromhex("01000000")
     assert BYS[2] == "cleaned"
     assert KINDS[1] == "signaled"
+
+
+def test_what_was_found_for_output_rules_is_these_bytes(children: Children) -> None:
+    transcript = children.transcript()
+    os.write(transcript.fd, b"x" * 0x300)
+    transcript.count_scanned(0x0102030405060708)
+    transcript.record_match(1, Found(number=4, start=0x100, end=0x203))
+    raw = os.pread(transcript.fd, 512, 0)
+    assert raw[320:328] == bytes.fromhex("0807060504030201")
+    assert raw[328:352] == bytes(24)
+    assert raw[352:368] == bytes.fromhex("05000000 03010000 0001000000000000")
+    assert raw[368:] == bytes(144)
+    assert transcript.matches() == [Found(4, 0x100, 0x203)]
+    transcript.record_output()
+    assert int.from_bytes(os.pread(transcript.fd, 8, 328), "little") == transcript.output_at > 0
+
+
+def test_a_match_beyond_the_output_is_refused(children: Children) -> None:
+    transcript = children.transcript()
+    transcript.record_match(0, Found(number=0, start=0, end=1))
+    with pytest.raises(PeerError, match="beyond"):
+        transcript.matches()
+
+
+def test_wake_rules_are_in_the_static_part_only_where_there_are_some() -> None:
+    facts = replace(SPOKEN, wake_on=("exit", "output=x"))
+    raw = facts.to_bytes()
+    assert raw == b"\x8c" + STATIC[1:] + b"\xa7wake_on\x92\xa4exit\xa8output=x"
+    assert Facts.from_bytes(raw) == facts
 
 
 def test_a_header_of_these_bytes_is_understood() -> None:

@@ -70,8 +70,16 @@ def strategy(field: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.dictionaries(strategy(key), strategy(value), max_size=3)
         case inspect.TupleType(item_types=items):
             return st.tuples(*map(strategy, items))
+        case inspect.StructType(cls=cls, fields=fields):
+            return st.builds(cls, **{part.name: strategy(part.type) for part in fields})
         case inspect.UnionType(types=types):
             return st.one_of(*map(strategy, types))
+        case inspect.LiteralType(values=values):
+            return st.sampled_from(values)
+        case inspect.AnyType():
+            return st.none() | raw_text | st.integers(0, 9)
+        case inspect.StructType(cls=wanted, fields=fields):
+            return st.builds(wanted, **{field.name: strategy(field.type) for field in fields})
     raise AssertionError(f"no strategy for {field}")
 
 

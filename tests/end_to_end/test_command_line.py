@@ -23,6 +23,7 @@ from outlive.common import kernel
 OUTLIVE = str(Path(sysconfig.get_path("scripts")) / "outlive")
 COMMANDS = (
     *("up", "down", "status", "doctor", "exec", "write", "ps", "threads", "logs", "wait", "kill", "resize"),
+    "watch",
     *("events", "detach", "resume", "reattach", "clean", "shutdown", "completion"),
     *("broker install", "broker uninstall"),
 )
@@ -164,6 +165,10 @@ def test_help_imports_neither_asyncio_nor_zmq(cli_home: Home) -> None:
         (["logs", "--since", "-1", "1000"], 2, "since"),
         (["logs", "--raw", "--json", "1000"], 2, "--raw"),
         (["wait", "-t", "one", "two/1000"], 2, "two/1000"),
+        (["wait", "--until", "moon=full", "1000"], 2, "--until: wake rule 'moon=full'"),
+        (["watch", "1000"], 2, "at least one --wake-on"),
+        (["watch", "1000", "--wake-on", "port=0"], 2, "--wake-on: wake rule port: 0"),
+        (["exec", "--wake-on", "output=(", "--", "ls"], 2, "missing )"),
         (["kill", "-s", "NOSUCH", "1000"], 2, "NOSUCH"),
         (["kill", "-s", "9" * 5000, "1000"], 2, "signal"),
         (["write", "--key", "ctrl-!", "1000"], 2, "ctrl-!"),
@@ -484,6 +489,43 @@ def test_wait_that_times_out_exits_124(shared_home: Home) -> None:
     both = shared_home.run("wait", "--timeout", "0.1", "--json", live, ended)
     assert both.returncode == 124
     assert json.loads(both.stdout)["process_id"] == ended
+
+
+def test_wait_until_a_rule_is_true_exits_0_and_1_when_none_can_be_any_more(shared_home: Home) -> None:
+    shell = shared_home.shell("-t", "until")
+    waiting = shared_home.start("wait", "--json", f"until/{shell}", "--until", "output=^six: (42)")
+    shared_home.run("write", f"until/{shell}", "echo six: $((6*7))", "--enter")
+    told, _ = waiting.communicate(timeout=PATIENCE)
+    line = json.loads(told)
+    assert (line["rule"], line["text"], line["outcome"]) == ("output=^six: (42)", "six: 42", None)
+    assert waiting.returncode == 0
+    text = shared_home.run("wait", f"until/{shell}", "--until", "output=^six: (42)").stdout
+    assert text == f"until/{shell}: output=^six: (42) at offset {line['offset']}: six: 42\n".encode()
+    shared_home.run("write", f"until/{shell}", "exit 0", "--enter")
+    ended = shared_home.run("wait", f"until/{shell}", "--until", "output=seven")
+    assert (ended.returncode, b"before any rule came true" in ended.stdout) == (1, True)
+    assert shared_home.run("wait", f"until/{shell}", "--until", "output=seven", "--until", "exit").returncode == 0
+
+
+def test_wait_for_any_of_several_tells_the_first_and_exits_0(shared_home: Home) -> None:
+    live = shared_home.exec("sleep", "100")["process_id"]
+    ended = shared_home.json("exec", "--", "false")["process_id"]
+    done = shared_home.run("wait", "--any", "--json", live, ended)
+    assert (done.returncode, json.loads(done.stdout)["process_id"]) == (0, ended)
+    assert shared_home.run("wait", "--any", "--timeout", "0.1", live, live).returncode == 124
+
+
+def test_rules_that_are_set_are_told_in_a_line_each(shared_home: Home) -> None:
+    live = shared_home.json("exec", "--wake-on", "exit", "--yield-ms", "250", "--", "sleep", "100")["process_id"]
+    rows = shared_home.json("watch", live, "--wake-on", "exit", "--wake-on", "output=x")
+    assert [(row["rule"], row["open"]) for row in rows] == [("exit", True), ("output=x", True)]
+    assert [row["wake_on"] for row in shared_home.json("ps") if row["process_id"] == live] == [["exit"]]
+    shared_home.run("kill", live)
+    shared_home.run("wait", live)
+    assert (
+        shared_home.run("watch", live, "--wake-on", "port=1").stdout
+        == f"default/{live}: port=1 (at once)\n".encode()
+    )
 
 
 def test_ctrl_c_ends_a_wait_and_nothing_else(cli_home: Home) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 import outlive
 
-from .conftest import PYTHON, Home
+from .conftest import HELD, PYTHON, Home
 
 
 class Listener:
@@ -195,3 +197,38 @@ async def test_a_client_that_does_not_read_its_events_costs_nobody_anything(host
     assert (await thread.wait(child.process_id)).signal == 9
     await events.aclose()
     assert (await thread.exec_command(["echo", "fine"])).output == "fine\n"
+
+
+async def test_a_sleep_a_death_of_the_broker_and_a_wake_are_heard_as_a_story(
+    home: Home, host: outlive.Host, fifo: Callable[[str], Path]
+) -> None:
+    go = fifo("go")
+    listener = Listener()
+
+    async def listen() -> None:
+        async for event in host.events(recent=True):
+            listener.note(event)
+
+    task = asyncio.create_task(listen())
+    thread = await host.thread("story")
+    started = await thread.exec_command(["sh", "-c", HELD, str(go), "exit 3"], wake_on=["exit"], yield_time_ms=250)
+    await thread.detach()
+    await listener.until(event="worker", what="died")
+    (broker,) = home.pids("broker")
+    os.kill(broker, signal.SIGKILL)
+    while (up := await listener.until(event="broker", what="up"))["pid"] == broker:
+        listener.heard.remove(up)
+    go.write_text("go\n")
+    wake = await listener.until(event="wake", what="pending")
+    assert (wake["process_id"], wake["rule"]) == (started.process_id, "exit")
+    await thread.resume()
+    ended = await listener.until(event="end")
+    assert ended["outcome"] == {"kind": "exited", "code": 3}
+    await listener.until(event="reattached")
+    task.cancel()
+    story = [f"{event['event']} {event.get('what') or ''}".strip() for event in listener.heard]
+    assert story[:-2] == [
+        *("worker up", "begin", "detached", "worker died"),
+        *("broker up", "wake pending", "worker up"),
+    ]
+    assert sorted(story[-2:]) == ["end", "reattached"]
