@@ -443,6 +443,12 @@ class Delivery:
 
     # To bed.
 
+    async def rested(self, thread: Thread) -> None:
+        """Wait while the thread's program runs: who sent it to bed then would have it begin anew."""
+        box = self._boxes.get(thread.thread_id)
+        while box and box.course.phase is Phase.RUNNING:
+            await thread.changed()
+
     @contextmanager
     def busy(self, thread: Thread) -> Iterator[None]:
         """For a call that needs the thread's worker: it is not sent to bed meanwhile."""

@@ -478,6 +478,7 @@ class Operations:
         if call.keep_worker:
             await self._threads.detach_thread_processes(call.thread)
         else:
+            await self._delivery.rested(thread)
             await self._threads.put_to_bed(thread)
         held = [e.key[1] for e in thread.entries.values() if e.custody.holder is Holder.BROKER]
         return DetachedProcessSummary.of(held)

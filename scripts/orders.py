@@ -146,7 +146,7 @@ def _counted(count: int, ids: Sequence[str]) -> str:
 def detach(thread: str, keep_worker: bool, as_json: bool) -> None:
     """Put a thread to sleep.
 
-    Its processes go to the broker and run on, its worker ends.
+    Its processes go to the broker and run on, its worker ends. A program that runs is waited for.
 
     \b
     Example: outlive detach build

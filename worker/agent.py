@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..common.client import Host, Thread
-from ..common.messages import Inventory, RuleRow
+from ..common.errors import BadRequest
+from ..common.messages import DetachedProcessSummary, Inventory, RuleRow
 from ..common.program import ProcessSummary, Wake
 from ..common.response import Response
 
@@ -67,6 +68,12 @@ class Session(Thread):
         """Set rules, as `Thread.watch` does; without a `watch_id` it counts once in this run."""
         named = watch_id or self._name(["watch", process_id, *(str(rule) for rule in rules)], None)
         return await super().watch(process_id, *rules, watch_id=named)
+
+    async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
+        """Raise `BadRequest`, unless `keep_worker`: a program goes to bed by returning."""
+        if not keep_worker:
+            raise BadRequest("detach: this is the thread's own program; return, and the thread goes to bed")
+        return await super().detach(keep_worker=True)
 
     async def processes(self) -> list[ProcessSummary]:  # type: ignore[override]
         """Return the thread's processes: those that live, that ended and have unread output, or are lost."""

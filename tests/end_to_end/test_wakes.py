@@ -152,6 +152,19 @@ async def test_an_end_while_the_thread_is_being_resumed_is_told_with_the_first_o
     assert sorted(told.split(", ")) == sorted([f"{first} exit 4", f"{second} exit 4"])
 
 
+async def test_detach_waits_for_a_program_that_runs(agent: Agent) -> None:
+    (agent.folder / "hold").touch()
+    await agent.start(rest=False)
+    await eventually(lambda: len(agent.lines()) == 1)
+    detaching = asyncio.ensure_future(agent.thread.detach())
+    await agent.thread.processes()  # requests are taken in order
+    assert not detaching.done()
+    (agent.folder / "hold").unlink()
+    await detaching
+    await agent.asleep()
+    assert len(agent.lines()) == 1
+
+
 async def test_an_end_while_the_broker_is_down_wakes_once_it_is_back(
     agent: Agent, fifo: Callable[[str], Path]
 ) -> None:
