@@ -8,7 +8,7 @@
                 call_id         of the call that started it; null when that may come again, or came too long ago
                 boot_id         of the boot that it is, or was, alive in
                 pid, born_at    as `ps` shows them (born_at: RFC 3339 UTC); pid is null as long as it is not known
-                row             JSON: the rest of its line of `ps`
+                row             JSON: the rest of its line of `ps`; and of what has ended `calls`: `Record.calls`
                 outcome         JSON, once it has ended; the reason of one that is lost is in it
                 archived_at     seconds since 1970, once it has ended
                 written         bytes of its output stream
@@ -373,7 +373,9 @@ class Database:
                 sizes = [last - first for first, last in spans]
                 if min(sizes, default=0) < 0 or sum(sizes) != len(data or b""):
                     raise ValueError(f"{len(data or b'')} bytes for ranges {spans}")
-                return Record(_row(key[0], *columns), int(written), spans, data or b"")
+                row = _row(key[0], *columns)
+                calls = msgspec.convert(json.loads(columns[4]).get("calls", {}), dict[str, tuple[int, int]])
+                return Record(row, int(written), spans, data or b"", calls)
         return None
 
     def read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
@@ -549,6 +551,8 @@ def _values(change: Change) -> Iterator[Any]:
     yield change.boot_id
     yield from (row.pop("pid", None), row.pop("started_at", None))
     outcome = row.pop("outcome", None)
+    if record:
+        row["calls"] = record.calls
     # In ASCII: what is no valid text in a command must not keep it from being written.
     yield json.dumps(row) if row else None
     yield json.dumps(outcome) if record else None
@@ -570,6 +574,7 @@ def _row(
         "started_at": born_at,
     }
     whole = {**json.loads(row), **ids, "outcome": json.loads(outcome) if outcome else None}
+    whole.pop("calls", None)
     msgspec.convert(whole, ProcessRow)
     outcome_from_wire(whole["outcome"])
     return whole

@@ -1,6 +1,7 @@
 """What the broker knows of one process, and of one thread: records, and how they are shown.
 
-No decisions and no I/O beyond looking into a transcript's header; who waits for a change of a record waits here.
+No decisions and no I/O beyond looking into the headers of transcript and inlet; who waits for a change of a record
+waits here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 from contextlib import suppress
 
 from ..common.descriptors import Handles
+from ..common.errors import PeerError
+from ..common.inlet import Inlet
 from ..common.messages import ProcessRow, ThreadRow
 from ..common.outcome import Outcome
 from ..common.transcript import Transcript
@@ -17,7 +20,7 @@ from .custody import Custody, State
 from .journal import ThreadJournal
 from .lifecycle import Life, Phase
 from .peers import Peer
-from .records import rfc3339
+from .records import CALLS_KEPT, rfc3339
 
 
 class Changing:
@@ -57,12 +60,10 @@ class Entry(Changing):
         "handles",
         "key",
         "pid",
-        "relayed",
         "stream",
         "talks",
         "told",
         "transcript",
-        "typists",
     )
 
     def __init__(self, key: tuple[str, str], epoch: int) -> None:
@@ -77,14 +78,10 @@ class Entry(Changing):
         self.announced = False
         # Where the stream of deltas goes on: (next number, offset).
         self.stream: tuple[int, int] | None = None
-        # Up to which offset the agent has been answered, by us.
-        self.relayed = 0
         # Whether an answer told of its end.
         self.told = False
         # Calls that we answer from our own copies at this moment.
         self.talks = 0
-        # Calls that type into it at this moment.
-        self.typists = 0
         self.ending: asyncio.Task[None] | None = None
 
     @property
@@ -101,6 +98,23 @@ class Entry(Changing):
     def outcome(self) -> Outcome | None:
         """How it ended, once that is known."""
         return self.transcript.live().outcome if self.transcript else None
+
+    def last_calls(self) -> dict[str, tuple[int, int]]:
+        """Return what its last calls typed, by their names; also if its inlet makes no sense any more.
+
+        See `Record.calls`.  Nobody holds it by now.
+        """
+        assert self.transcript is not None
+        if self.handles.inlet < 0:
+            name, since = self.transcript.asked()
+            return {name.hex(): (0, since)}
+        try:
+            inlet = Inlet(self.handles.inlet, self.transcript.facts.mark)
+            inlet.load()
+            position = inlet.position
+        except (PeerError, OSError):
+            return {}
+        return {call.name.hex(): (call.typed(position), call.since) for call in inlet.last(CALLS_KEPT)}
 
     def row(self, worker_pid: int | None) -> ProcessRow:
         """Return its line of `ps`; `worker_pid`: its thread's."""

@@ -20,6 +20,7 @@ from enum import Enum, auto
 from ..common import kernel
 from ..common.descriptors import Handles
 from ..common.errors import PeerError
+from ..common.inlet import Inlet, is_inlet
 from ..common.transcript import Transcript
 from .custody import Event
 
@@ -84,7 +85,7 @@ def identify(fds: list[int], log: Callable[[str], None]) -> Handles:
     handles = Handles()
     try:
         for fd in fds:
-            if handles.transcript < 0 and kernel.is_sealed_memfd(fd):
+            if handles.transcript < 0 and kernel.is_sealed_memfd(fd) and not is_inlet(fd):
                 handles.transcript = fd
         if handles.transcript < 0:
             raise PeerError("no transcript is among them")
@@ -114,19 +115,29 @@ def identify(fds: list[int], log: Callable[[str], None]) -> Handles:
 def _role(fd: int, transcript: Transcript) -> str | None:
     """Tell what a descriptor is for its process, by what it is for the kernel."""
     if kernel.is_sealed_memfd(fd):
-        return "transcript"
+        return _memory(fd, transcript)
     mode = os.fstat(fd).st_mode
     facts = transcript.facts
     if stat.S_ISFIFO(mode):
         writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
         if not facts.tty:
             return None if writes else "terminal"
-        conduit, inlet = transcript.pipes()
-        pipe = {conduit: "conduit", inlet: "inlet"}.get(os.fstat(fd).st_ino)
-        return f"{pipe}_{'write' if writes else 'read'}" if pipe else None
+        if os.fstat(fd).st_ino != transcript.conduit():
+            return None
+        return "conduit_write" if writes else "conduit_read"
     if stat.S_ISCHR(mode):
         return "terminal" if facts.tty and kernel.is_pty_master(fd) else None
     return "pidfd" if _is_its_pidfd(fd, transcript.live().pid) else None
+
+
+def _memory(fd: int, transcript: Transcript) -> str | None:
+    if not is_inlet(fd):
+        return "transcript"
+    try:
+        Inlet(fd, transcript.facts.mark)
+    except PeerError:
+        return None
+    return "inlet"
 
 
 def _is_its_pidfd(fd: int, pid: int) -> bool:

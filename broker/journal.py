@@ -495,9 +495,11 @@ class ThreadJournal:
         ids[process_id] = call_id
         self._journal.put(Change(key, "alive", call_id, look=look))
 
-    def keep(self, row: dict[str, Any], transcript: Transcript) -> None:
-        """Keep the record of a process that has gone; the oldest make room."""
-        self._keep("ended", Record.of(row, transcript))
+    def keep(
+        self, row: dict[str, Any], transcript: Transcript, calls: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
+        """Keep the record of a process that has gone, and of its last calls; the oldest make room."""
+        self._keep("ended", Record.of(row, transcript, calls or {}))
 
     @property
     def lost_ids(self) -> Collection[str]:

@@ -1,12 +1,10 @@
 """What each client request does.
 
 Requests that a worker carries out are sent there, and sent again to the next worker when it dies, if doing so
-cannot do anything twice: `exec_command` counts once by its call id, and reading repeats nothing.  Of input only
-what, by the transcript's header, was not typed yet is sent again; where that cannot tell, the caller gets
-`Interrupted`.  A caller that lost a former broker and asks again (`first_asked`) is answered by the worker that
-knows the call, or has held the process all the time; what nobody knows about is typed by nobody.  What the broker
-holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin` (unless told not to) wake a
-sleeping thread.
+cannot do anything twice: `exec_command` counts once by its call id, `write_stdin` by its write id, which the
+process's inlet knows, and reading repeats nothing.  So a call that was under way when a worker died is finished by
+the next one.  What the broker holds it answers for by itself.  Only `exec_command`, `resume` and `write_stdin`
+(unless told not to) wake a sleeping thread.
 
 Each method does the request of its name, which `common.messages` describes.  Not here: `Watch` and `Wait`, see
 `watching`; and `RecentEvents`, which the loop answers, since it remembers them.
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from ..common.descriptors import ROLES
 from ..common.errors import (
     BadRequest,
     ExpiredProcess,
-    Interrupted,
     LimitReached,
     OutliveError,
     Unavailable,
@@ -137,7 +135,7 @@ class Operations:
         while True:
             await self._threads.started(thread, call.call_id)
             if archived := thread.journal.calls.get(call.call_id):
-                answer = thread.journal.get(archived).answer(call.max_output_tokens, 0, typed_nothing=False)
+                answer = thread.journal.get(archived).answer(call.max_output_tokens, 0)
                 self._threads.on_read((call.thread, archived))
                 return answer
             peer = await self._threads.worker(thread)
@@ -152,7 +150,7 @@ class Operations:
                 with self._talk(entry) as held:
                     await held.until_ended(started + exec_yield(call.yield_time_ms))
                     response = held.answer(started, call.max_output_tokens, since=0)
-                    self._told(entry, response.output_end, response.outcome)
+                    self._told(entry, response.outcome)
                 return response
             peer.starts.add(call.call_id)
             try:
@@ -171,117 +169,50 @@ class Operations:
             return result
 
     async def write_stdin(self, call: WriteStdin, deadline: float | None) -> Any:
-        asked, asked_at = len(call.chars), kernel.boottime()
+        call = msgspec.structs.replace(call, write_id=call.write_id or secrets.token_hex(8))
+        until = time.monotonic() + write_yield(call.yield_time_ms, call.chars)
+        asked = False
         while True:
             found = self._find(call.thread, call.process_id)
             thread = self._threads.get(call.thread)
-            earlier = asked - len(call.chars)  # bytes typed by workers that died before they could say so
             if isinstance(found, Record):
                 self._threads.on_read((call.thread, call.process_id))
-                again = call.first_asked is not None
-                if again and (remembered := await self._remembered(thread, call, earlier, deadline)):
-                    return remembered
-                answer = found.answer(
-                    call.max_output_tokens, call.since, typed_nothing=bool(call.chars) and not again
-                )
-                if again and call.chars:
-                    answer.warnings.append(
-                        "the broker was lost during the call; the process has ended, and whether it got the input "
-                        "before is not known"
-                    )
-                return msgspec.structs.replace(answer, typed=earlier)
+                return found.answer_write(call)
             if call.resume:
-                await self._worker_to_type(thread, call, earlier)
+                try:
+                    await self._threads.worker(thread)
+                except Unavailable:
+                    if not asked:
+                        raise
+                    # What a worker that died had accepted, whoever holds the process now types and answers for.
             await self._threads.handed_over(thread)
             peer = thread.worker
+            left = max(0, int((until - time.monotonic()) * 1000))
+            call = msgspec.structs.replace(call, yield_time_ms=left if asked else call.yield_time_ms)
             if found.custody.holder is Holder.BROKER:
-                if call.first_asked is not None:
-                    if remembered := await self._remembered(thread, call, earlier, deadline):
-                        return remembered
-                    if call.chars:
-                        raise Interrupted(
-                            f"the broker was lost during the call; process {call.process_id} lives, but whether it "
-                            "got the input is not known: look at its output first"
-                        )
-                yield_s = write_yield(call.yield_time_ms, call.chars, typed=call.typed)
                 with self._talk(found) as held:
-                    answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.since)
-                    self._told(found, answer.output_end, answer.outcome)
-                return msgspec.structs.replace(answer, typed=earlier + answer.typed)
+                    yield_s = write_yield(call.yield_time_ms, call.chars)
+                    answer = await held.converse(call.chars, yield_s, call.max_output_tokens, call.write_id)
+                    self._told(found, answer.outcome)
+                return answer
             if found.custody.holder is Holder.NOBODY and found.state is not State.GONE:
                 await found.changed()
                 continue
             if peer is None:  # it is coming back, or about to be found dead
                 await thread.changed()
                 continue
-            # What a repetition's first try had typed, no counter tells.
-            first = call.first_asked is None
-            before = found.transcript.live().typed if found.transcript and first else -1
-            types = bool(call.chars)
-            found.typists += types
+            asked = True
             try:
                 result = await peer.call(call, self._world.transmit, deadline)
             except WorkerGone:
                 await self._threads.death_proved(thread, peer)  # until then it may still be typing
-                if thread.worker_pid == peer.pid and call.write_id:  # it lives, and knows what it has typed
-                    call = msgspec.structs.replace(call, first_asked=call.first_asked or asked_at)
-                    continue
-                call = self._still_to_type(found, call, before)
                 continue
             except UnknownProcess:
                 if call.process_id in thread.journal:  # collected by another call a moment ago
                     continue
                 raise
-            except Unavailable as error:
-                if types:  # it may still type, or have typed: a second try could be a second time
-                    raise Interrupted(f"{error}; how much of the input was typed is not known") from None
-                raise
-            finally:
-                found.typists -= types
             self._relayed(thread, result)
-            return {**result, "typed": earlier + result.get("typed", 0)}
-
-    def _still_to_type(self, entry: Entry, call: WriteStdin, before: int) -> WriteStdin:
-        """Return what of a call is still to be done after its worker died; the header says what was typed.
-
-        Raises `Interrupted` where it cannot say: the worker died within a write, two callers typed at once, or
-        (`before` is -1) some of it may have been typed before this was counted.
-        """
-        live = entry.transcript.live() if entry.transcript else None
-        known = live is not None and live.typing == live.typed and before >= 0
-        typed = live.typed - before if live and call.chars else 0
-        if call.chars and (not known or (typed and entry.typists > 1)):
-            raise Interrupted(
-                f"the worker of thread {call.thread} died while it typed; process {call.process_id} lives, but how "
-                "much of the input it got is not known: look at its output first"
-            )
-        rest = call.chars[typed:] if call.chars else b""
-        return msgspec.structs.replace(call, chars=rest, since=entry.relayed, typed=call.typed or typed > 0)
-
-    async def _remembered(self, thread: Thread, call: WriteStdin, earlier: int, deadline: float | None) -> Any:
-        """Return what the thread's worker, if one is up, has answered or will answer to this call; else `None`.
-
-        It does not hold the process any more, so it can type nothing now.
-        """
-        if thread.worker is None or not call.write_id:
-            return None
-        try:
-            result = await thread.worker.call(call, self._world.transmit, deadline)
-        except (WorkerGone, OutliveError):
-            return None
-        self._relayed(thread, result)
-        return {**result, "typed": earlier + result["typed"]}
-
-    async def _worker_to_type(self, thread: Thread, call: WriteStdin, earlier: int) -> None:
-        """Wait for a worker; raises `Unavailable`, which may be tried again, only if nothing was typed yet."""
-        try:
-            await self._threads.worker(thread)
-        except Unavailable as error:
-            if not earlier:
-                raise
-            if call.chars:
-                raise Interrupted(f"only the first {earlier} bytes were typed before this: {error}") from None
-            # Everything was typed; whoever holds the process can answer.
+            return result
 
     @contextmanager
     def _talk(self, entry: Entry) -> Iterator[Held]:
@@ -297,10 +228,9 @@ class Operations:
 
     def _relayed(self, thread: Thread, result: Any) -> None:
         if entry := thread.entries.get(result["process_id"]):
-            self._told(entry, result["output_end"], result["outcome"])
+            self._told(entry, result["outcome"])
 
-    def _told(self, entry: Entry, output_end: int, outcome: Any) -> None:
-        entry.relayed = output_end
+    def _told(self, entry: Entry, outcome: Any) -> None:
         entry.told = entry.told or outcome is not None
         if entry.told:
             self._threads.on_read(entry.key)

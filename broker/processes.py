@@ -27,6 +27,7 @@ from ..common.config import Config
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
 from ..common.held import REPEATED_WITHIN, Held
+from ..common.inlet import Inlet
 from ..common.launch import MARK
 from ..common.messages import Body, Collected, Delta, Ended, Forget, Matched, Orphaned
 from ..common.outcome import Outcome
@@ -274,6 +275,8 @@ class Processes(ABC):
             facts = transcript.facts
             if (facts.thread_id, facts.process_id) != key or facts.boot_id != kernel.boot_id():
                 raise PeerError(f"its transcript is of {facts.thread_id}/{facts.process_id}")
+            if handles.inlet >= 0:
+                Inlet(handles.inlet, facts.mark)
             if self._world.descriptors_left() <= 0:
                 raise PeerError("no descriptors left to hold it")
             entry = self._enter(thread, key, peer.epoch, transcript)
@@ -497,7 +500,8 @@ class Processes(ABC):
             if former is Holder.WORKER and thread.worker and thread.worker.epoch == entry.epoch:
                 self.spawn(self._tell(thread.worker, Forget(process_ids=[process_id])))
         elif effect is Effect.ARCHIVE and entry.transcript:
-            thread.journal.keep(msgspec.to_builtins(entry.row(thread.worker_pid)), entry.transcript)
+            row = msgspec.to_builtins(entry.row(thread.worker_pid))
+            thread.journal.keep(row, entry.transcript, entry.last_calls())
         elif effect is Effect.CLOSE_HANDLES:
             self.descriptors -= len(entry.handles)
             if entry.transcript:

@@ -7,39 +7,47 @@ Always true
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ..common.messages import Output, outcome_from_wire
+from ..common.inlet import name_of
+from ..common.messages import Output, WriteStdin, outcome_from_wire
 from ..common.outcome import Outcome
-from ..common.response import Response, chunk_id, clip, output, tokens
+from ..common.response import Response, chunk_id, clip, output, tokens, typed_less
 from ..common.transcript import Gap, Transcript
 
 # A process of a thread: (thread, process id).
 Key = tuple[str, str]
 
+# Calls of an ended process that are remembered: of each caller that it may have, the last.
+CALLS_KEPT = 8
 # Bytes that a record takes beside its output and its command.
 _ROW_SIZE = 1024
 
 
 @dataclass(slots=True)
 class Record:
-    """One ended process: its line of `ps`, the kept ranges of its output, and their bytes."""
+    """One ended process: its line of `ps`, the kept ranges of its output, and their bytes.
+
+    `calls`: the last ones, by their names (`inlet.name_of`, in hex): how many bytes each typed, and up to where the
+    agent had had the output when it began.
+    """
 
     row: dict[str, Any]
     written: int
     ranges: list[tuple[int, int]]
     data: bytes = field(repr=False)
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, row: dict[str, Any], transcript: Transcript) -> Record:
-        """Return the record of a process with this line of `ps`."""
+    def of(cls, row: dict[str, Any], transcript: Transcript, calls: Mapping[str, tuple[int, int]]) -> Record:
+        """Return the record of a process with this line of `ps`, and these last calls."""
         written = transcript.written
         kept = [part for part in transcript.read(0, written) if not isinstance(part, Gap)]
         ranges = [(at, at + len(data)) for at, data in kept]
-        return cls(row, written, ranges, b"".join(data for _, data in kept))
+        return cls(row, written, ranges, b"".join(data for _, data in kept), calls)
 
     @classmethod
     def lost(cls, row: dict[str, Any], reason: str) -> Record:
@@ -73,10 +81,17 @@ class Record:
         outcome = outcome_from_wire(self.row["outcome"])
         return output(self.parts(offset, self.written), offset, limit, self.written, outcome, ended=True)
 
-    def answer(self, max_tokens: int, since: int | None, *, typed_nothing: bool) -> Response:
-        """Answer `exec_command` or `write_stdin` of a process that was collected."""
+    def answer_write(self, call: WriteStdin) -> Response:
+        """Answer `write_stdin`; a call whose first try was accepted while it lived is answered as such."""
+        typed, since = self.calls.get(name_of(call.write_id).hex(), (0, self.written))
+        typed, since = min(typed, len(call.chars)), min(since, self.written)
+        short = typed < len(call.chars)
+        warnings = [typed_less(typed, len(call.chars), ended=True)] if short else []
+        return self.answer(call.max_output_tokens, since, typed=typed, warnings=warnings)
+
+    def answer(self, max_tokens: int, start: int, *, typed: int = 0, warnings: Sequence[str] = ()) -> Response:
+        """Answer with the output from `start` on; `exec_command`: from the beginning."""
         outcome = outcome_from_wire(self.row["outcome"])
-        start = self.written if since is None else since
         return Response(
             thread=self.row["thread"],
             process_id=self.row["process_id"],
@@ -89,7 +104,8 @@ class Record:
             outcome=self.row["outcome"],
             output_end=self.written,
             sentence=outcome.sentence() if outcome else "",
-            warnings=["the process has ended; nothing was typed"] if typed_nothing else [],
+            typed=typed,
+            warnings=list(warnings),
         )
 
 

@@ -8,7 +8,8 @@ Read in this order; a module imports only from those above it.
     descriptors  the descriptors of one process, owned, closed exactly once.
     rules        what may come true of a process, and wake its thread; when its output matches.
     transcript   a memfd with a header: everything a process printed, by offset, for ever.
-    pump         terminal → transcript and input → terminal, without holding a byte.
+    inlet        a memfd with what is still to be typed, and what was asked: input counts once.
+    pump         terminal → transcript and inlet → terminal, without holding a byte.
     ending       who can know how a process ended, asked in order.
     channel      descriptors between processes: SOCK_SEQPACKET, with peers checked by the kernel.
     notify       what keeper, broker and spawner tell each other.
@@ -19,6 +20,7 @@ Read in this order; a module imports only from those above it.
     wire         messages as bytes, with limits; the ZeroMQ sockets.
     response     the result of one tool call, as an object and as text.
     scanner      what is looked for in a process's output, before anything of it is punched out.
+    typist       whose input is typed next, and what is taken back.
     held         one process in the hands of whoever pumps it, worker or broker.
     tree         every process that a child started, found and signalled.
     unit         the broker's systemd unit, if it is installed: where it is, how it is started.

@@ -10,8 +10,8 @@ Always true
     A call that is repeated, by us or by its caller with the same `call_id`, starts nothing twice while its process
     is held or the broker that saw it end keeps its record.
     A lost broker is found, or started, again, and what was asked is asked again.  Input is repeated under its
-    `write_id`, which types it once; it is an error only where nobody is left who would know.  Not repeated, since
-    twice may be more than once, are signals that a program counts.
+    `write_id`, which types it once.  Not repeated, since twice may be more than once, are signals that a program
+    counts.
 
 Not here
     How a broker is reached: `connection`.
@@ -278,14 +278,12 @@ class Host:
         seconds: float | None = MARGIN,
         *,
         repeat: bool = True,
-        repetition: Body | None = None,
     ) -> T:
         """Send a request and return its result; raises the error it was answered with.
 
         `seconds`: how long the answer may take; `None`: for ever.  `repeat`: ask again when the broker was lost in
-        between, which must do nothing twice; `repetition`: ask this then, which says so.  Raises `Unavailable` when
-        no answer came or no broker can be had; without `repeat`, `Interrupted` where the request may have been
-        carried out.
+        between, which must do nothing twice.  Raises `Unavailable` when no answer came or no broker can be had;
+        without `repeat`, `Interrupted` where the request may have been carried out.
         """
         while True:
             connection = await self._connected()
@@ -294,9 +292,7 @@ class Host:
             except NotSent:
                 continue
             except ConnectionError:
-                if repetition is not None:
-                    body = repetition
-                elif not repeat:
+                if not repeat:
                     raise Interrupted(
                         "the broker was lost during the call; whether it was done is not known"
                     ) from None
@@ -395,16 +391,19 @@ class Thread:
         yield_time_ms: int = 250,
         max_output_tokens: int = 10_000,
         resume: bool = True,
+        write_id: str | None = None,
     ) -> Response:
         """Type `chars` into a process and return what it printed since the last call.
 
         `yield_time_ms`: how long to wait for output, clamped to 250–30000 (an empty `chars`: 5000–300000).
         `max_output_tokens`: as in `exec_command`.
         `resume=False`: a sleeping thread is not woken for it; the broker types.
+        `write_id`: the same id again, by whomever, types nothing more, and is answered with the output since the
+        first time: a caller that died may be repeated.  Known for the last 100 calls of a process, and for the last
+        8 of one that has ended; made up when not given.
         Raises `StdinClosed` for a process started without a terminal, `UnknownProcess` for an id this thread
-        never had, `Interrupted` when the input may have been typed and who would know has died: a worker within
-        a write, broker and worker at once, or a broker that typed itself.  An ended process answers with its
-        outcome and what was left to read.
+        never had, `Unavailable`, which names the write id, when no answer came: repeat the call with that.  An
+        ended process answers with its outcome and what was left to read.
         """
         raw = chars.encode("utf-8", "surrogateescape") if isinstance(chars, str) else chars
         if len(raw) > CHARS_MAX:
@@ -415,12 +414,14 @@ class Thread:
             chars=raw,
             yield_time_ms=yield_time_ms,
             max_output_tokens=max_output_tokens,
-            write_id=secrets.token_hex(8),
+            write_id=write_id or secrets.token_hex(8),
             resume=resume,
         )
-        repetition = msgspec.structs.replace(body, first_asked=kernel.boottime())
         seconds = max(yield_time_ms / 1000, 5) + MARGIN
-        return await self.host.call(body, Response, seconds, repeat=not raw, repetition=repetition)
+        try:
+            return await self.host.call(body, Response, seconds)
+        except Unavailable as error:
+            raise Unavailable(f"{error}; write id {body.write_id!r}: repeated with it, it counts once") from None
 
     async def read_output(self, process_id: str, offset: int = 0, *, wait_ms: int = 0) -> Output:
         """Return what is kept of the output from `offset` on, up to 1 MiB, without delivering it.

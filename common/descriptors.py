@@ -4,8 +4,8 @@ The kernel hands a closed number out again at once, so a stale copy does not fai
 somebody else's file.  Therefore numbers live only here, and leave only into other `Handles` (`adopt`) or as a loan
 for the length of one call (`held`).
 
-The roles: `terminal` (the PTY master, or the read end of the output pipe); two ends each of the `conduit` between
-terminal and transcript and of the `inlet` between input and terminal (both pipes only with a PTY); the
+The roles: `terminal` (the PTY master, or the read end of the output pipe); the two ends of the `conduit`, a pipe
+between terminal and transcript, and the `inlet`, the input on its way to the terminal (these only with a PTY); the
 `transcript`; the `pidfd`.
 """
 
@@ -20,8 +20,7 @@ ROLES = (
     "terminal",
     "conduit_read",
     "conduit_write",
-    "inlet_read",
-    "inlet_write",
+    "inlet",
     "pidfd",
 )
 
@@ -35,8 +34,7 @@ class Handles:
     terminal: int
     conduit_read: int
     conduit_write: int
-    inlet_read: int
-    inlet_write: int
+    inlet: int
     pidfd: int
 
     def __init__(self, descriptors: Mapping[str, int] | None = None) -> None:

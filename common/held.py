@@ -12,20 +12,20 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import os
-import termios
 import time
 from collections.abc import Callable, Sequence
 
-from . import ending, kernel
+from . import ending
 from .descriptors import Handles
 from .errors import StdinClosed
+from .inlet import name_of
 from .messages import AddedRule, Output
 from .outcome import Outcome
 from .pump import Pump, Pumps
-from .response import Response, chunk_id, clip, output, tokens, whole_characters
+from .response import Response, chunk_id, clip, output, tokens, typed_less, whole_characters
 from .scanner import Scanner
 from .transcript import Gap, Lease, Transcript
+from .typist import CANONICAL_MAX, Typist
 
 # Seconds to wait for more output after the end while somebody else keeps the terminal open.  What the process
 # itself printed is there at once; this is for what its children still print as they go down.
@@ -37,8 +37,6 @@ _RECORD_LOOK = 0.02
 # Seconds after which an ended process is let go whose end was in an answer that perhaps nobody heard: a caller that
 # lost its broker asks again as soon as there is the next one.
 REPEATED_WITHIN = 10.0
-# Bytes of one line that a terminal in canonical mode takes; the kernel cuts the rest without an error.
-CANONICAL_MAX = 4095
 
 
 class Held:
@@ -66,6 +64,7 @@ class Held:
         "pump",
         "terminal_open",
         "transcript",
+        "typist",
     )
 
     def __init__(
@@ -85,6 +84,7 @@ class Held:
         self.transcript = Transcript(handles.transcript)
         self.handles = handles
         self.pump = pump(handles, self.transcript)
+        self.typist = Typist(self.pump, lambda: pumps.type(self)) if self.pump.inlet else None
         self.outcome: Outcome | None = None
         self.exited = False
         self.drained = False
@@ -134,6 +134,8 @@ class Held:
             self.look_for(added)
         else:
             self._scan()  # the former holder may have died before it did
+        if self.pump.inlet:
+            self.pump.inlet.load()
         self._pumps.add(self)
         self._pumps.kick(self)
         if self.handles.pidfd < 0:
@@ -158,6 +160,8 @@ class Held:
             return
         self._closing = True
         self._pumps.remove(self)
+        if self.typist:
+            self.typist.close()
         if self._grace:
             self._grace.cancel()
         self.hurry()
@@ -173,6 +177,11 @@ class Held:
             _wake(self._growth)
         if self.on_output:
             self.on_output(self)
+
+    def input_moved(self) -> None:
+        """The terminal was offered what is left in the inlet."""
+        if self.typist:
+            self.typist.moved()
 
     def terminal_closed(self) -> None:
         """End of file.  For good, unless a child that lives may open its terminal again."""
@@ -196,6 +205,8 @@ class Held:
         if self.outcome is None:
             self._learn()
         if first:
+            if self.typist:
+                self.typist.stop()
             if self.terminal_open:
                 self._pumps.kick(self)
             else:
@@ -250,69 +261,32 @@ class Held:
 
     # Input.
 
-    async def type(self, chars: bytes, deadline: float) -> int:
-        """Put `chars` into the inlet; return how many bytes it took before `deadline` (monotonic).
+    async def type(self, chars: bytes, deadline: float, name: bytes = b"") -> int:
+        """Have `chars` typed, once under `name` (`inlet.name_of`); return how many bytes were by `deadline`.
 
-        Raises `StdinClosed` for a process without a terminal.
+        `deadline`: monotonic.  Raises `StdinClosed` for a process without a terminal.
         """
-        if self.handles.inlet_write < 0:
+        if self.typist is None:
             raise StdinClosed(
                 f"stdin is closed for this session (process {self.process_id}); rerun the command with tty=true"
             )
-        if len(chars) == 1 and self._interrupts(chars):
-            return 1
-        view = memoryview(chars)
-        total = self.transcript.live().typed
-        while view and not self.exited and not self._closing:
-            self.transcript.count_typed(total, total + len(view))
-            try:
-                taken = os.write(self.handles.inlet_write, view)
-            except BlockingIOError:
-                self.transcript.count_typed(total)
-                left = deadline - time.monotonic()
-                if left <= 0 or self._hurry:
-                    break
-                await self._room_in_inlet(left)
-                continue
-            total += taken
-            self.transcript.count_typed(total)
-            view = view[taken:]
-        return len(chars) - len(view)
+        return await self.typist.type(name or name_of(""), chars, deadline, self.transcript.live().delivered)
 
-    def _interrupts(self, chars: bytes) -> bool:
-        """Deliver Ctrl-C and its like past input that the program does not read; tell whether we did."""
-        terminal = self.handles.terminal
-        try:
-            if not kernel.bytes_waiting(self.handles.inlet_read):
-                return False
-            mode = termios.tcgetattr(terminal)
-            signals = {mode[6][termios.VINTR]: 2, mode[6][termios.VQUIT]: 3, mode[6][termios.VSUSP]: 20}
-            if not mode[3] & termios.ISIG or chars not in signals:
-                return False
-            kernel.signal_foreground(terminal, signals[chars])
-        except (OSError, termios.error):
-            return False
-        return True
+    def _asked_before(self, name: bytes) -> int | None:
+        """Return up to where the agent had had the output when this call came first; `None`: this is the first."""
+        if self.pump.inlet:
+            call = self.pump.inlet.find(name)
+            return call.since if call else None
+        asked, since = self.transcript.asked()
+        return since if asked == name else None
 
-    async def _room_in_inlet(self, seconds: float) -> None:
-        room: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.append(room)  # its end, or a hurry, ends the wait too
-        fd = self.handles.inlet_write
-        self._loop.add_writer(fd, _settle, room)
-        try:
-            await asyncio.wait((room,), timeout=seconds)
-        finally:
-            self._loop.remove_writer(fd)
-            _drop(self._waiters, room)
-
-    def cut_by_terminal(self, chars: bytes) -> bool:
-        """Tell whether a line of `chars` is longer than the terminal's canonical mode takes."""
-        if all(len(line) <= CANONICAL_MAX for line in chars.replace(b"\r", b"\n").split(b"\n")):
-            return False
-        try:
-            return bool(termios.tcgetattr(self.handles.terminal)[3] & termios.ICANON)
-        except (OSError, termios.error):
-            return False
+    def _note(self, name: bytes) -> None:
+        """Remember a call that types nothing."""
+        delivered = self.transcript.live().delivered
+        if self.pump.inlet:
+            self.pump.inlet.note(name, delivered)
+        else:
+            self.transcript.ask(name, delivered)
 
     # Output.
 
@@ -330,6 +304,8 @@ class Held:
     def hurry(self) -> None:
         """Make whoever waits for this process answer now with what there is."""
         self._hurry = True
+        if self.typist:
+            self.typist.stop()
         _wake(self._waiters)
         _wake(self._growth)
 
@@ -399,28 +375,31 @@ class Held:
         """Return a piece of the transcript without delivering it, see `piece_of`."""
         return piece_of(self.transcript, offset, limit, ended=self.ended)
 
-    async def converse(self, chars: bytes, yield_s: float, max_tokens: int, since: int | None = None) -> Response:
-        """Type, wait for the end or `yield_s` seconds, and answer: the whole of `write_stdin`."""
+    async def converse(self, chars: bytes, yield_s: float, max_tokens: int, write_id: str = "") -> Response:
+        """Type, wait for the end or `yield_s` seconds, and answer: the whole of `write_stdin`.
+
+        A call that comes again, be it first to us or to a former holder, types nothing more, and is answered with
+        the output since it came first.
+        """
         started = time.monotonic()
         deadline = started + yield_s
         self.last_used = started
+        name = name_of(write_id)
+        since = self._asked_before(name)
         typed = 0
         warnings = []
-        if chars and self.ended:
-            warnings.append("the process has ended; nothing was typed")
-        elif chars:
-            if self.cut_by_terminal(chars):
+        if since is None and (not chars or self.ended):
+            self._note(name)
+        elif chars and (self.typist or not self.ended):
+            if self.typist and self.typist.cuts(chars):
                 warnings.append(
                     f"a line is longer than {CANONICAL_MAX} bytes, and this terminal cuts longer lines; "
                     "write it to a file, or in pieces to a program that reads raw"
                 )
-            typed = await self.type(chars, deadline)
-            if typed < len(chars):
-                warnings.append(
-                    f"only {typed} of {len(chars)} bytes were typed: the program does not read its input; "
-                    "send the rest again"
-                )
+            typed = await self.type(chars, deadline, name)
         await self.until_ended(deadline)
+        if typed < len(chars):
+            warnings.append(typed_less(typed, len(chars), ended=self.ended))
         return self.answer(started, max_tokens, since=since, typed=typed, warnings=warnings)
 
 
@@ -436,12 +415,9 @@ def exec_yield(milliseconds: int) -> float:
     return min(max(milliseconds, 250), 30_000) / 1000
 
 
-def write_yield(milliseconds: int, chars: bytes, *, typed: bool = False) -> float:
-    """Return how long `write_stdin` waits, in seconds: an empty poll is meant to wait.
-
-    `typed`: without `chars` it is no poll, since all of them have been typed already.
-    """
-    return exec_yield(milliseconds) if chars or typed else min(max(milliseconds, 5_000), 300_000) / 1000
+def write_yield(milliseconds: int, chars: bytes) -> float:
+    """Return how long `write_stdin` waits, in seconds: an empty poll is meant to wait."""
+    return exec_yield(milliseconds) if chars else min(max(milliseconds, 5_000), 300_000) / 1000
 
 
 def _wake(waiters: list[asyncio.Future[None]]) -> None:

@@ -139,11 +139,6 @@ def is_sealed_memfd(fd: int) -> bool:
         return False
 
 
-def bytes_waiting(fd: int) -> int:
-    """Return how many bytes lie in a pipe, by either of its ends."""
-    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
-
-
 def window_size(terminal: int) -> tuple[int, int]:
     """Return the size of a terminal as (columns, rows)."""
     rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))
@@ -308,12 +303,18 @@ def peer_pidfd(connection: socket.socket) -> int | None:
 
 
 def can_splice_terminals() -> bool:
-    """Tell whether this kernel splices from a terminal (Linux 5.11 and newer, outside some sandboxes)."""
+    """Tell whether this kernel splices from a terminal, and sends to one, outside of some sandboxes.
+
+    Linux 5.11 and newer.
+    """
     master, slave = os.openpty()
     read_end, write_end = os.pipe()
+    file = memfd("outlive")
     try:
         os.set_blocking(master, False)
         try:
+            os.pwrite(file, b"x", 0)
+            os.sendfile(master, file, None, 1)
             os.splice(master, write_end, 1)
         except BlockingIOError:
             return True
@@ -321,7 +322,7 @@ def can_splice_terminals() -> bool:
             return False
         return True
     finally:
-        for fd in (master, slave, read_end, write_end):
+        for fd in (master, slave, read_end, write_end, file):
             os.close(fd)
 
 

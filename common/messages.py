@@ -116,12 +116,8 @@ class WriteStdin(Body, frozen=True, kw_only=True):
     """Type into a process, or with empty `chars` just poll it.
 
     `resume`: start or wake the thread's worker for it; else a detached process is typed into by the broker.
-    `write_id`: names the call; the worker that knows it types nothing twice, and answers the same.
-    `first_asked`: only in a repetition, after the broker was lost: when the call was made, on `CLOCK_BOOTTIME`.
-    Who does not know its `write_id` types only what nobody else can have typed since, else it is `Interrupted`.
-    `since`: answer with the output from this offset on rather than from what was delivered; set by the
-    broker when it sends a call again that died with a worker; then `typed` says that some of its input had been
-    typed, so that without `chars` it is no poll either.
+    `write_id`: makes it count once: again, it types nothing more, and is answered with the output since it came
+    first.  A process knows its last calls, see `inlet`.
     """
 
     thread: Name
@@ -130,10 +126,7 @@ class WriteStdin(Body, frozen=True, kw_only=True):
     yield_time_ms: Milliseconds = 250
     max_output_tokens: Tokens = 10_000
     write_id: Text = ""
-    first_asked: Seconds | None = None
     resume: bool = True
-    since: Offset | None = None
-    typed: bool = False
 
 
 class ReadOutput(Body, frozen=True, kw_only=True):

@@ -1,15 +1,16 @@
 """The pump: output from a terminal to a transcript, input from an inlet to the terminal, holding no byte.
 
     output   splice(terminal → conduit), splice(conduit → transcript)      a pipe needs no conduit
-    input    splice(inlet → terminal)
+    input    sendfile(inlet → terminal), which moves the inlet's position with the bytes
 
 At every instant the bytes are in the kernel, in objects that the broker holds copies of; whoever pumps next
-first empties the conduit, then touches the terminal.  So a pump may be killed anywhere and nothing is lost or
-repeated.  Where a kernel does not splice terminals, `CopyingPump` reads and writes instead, and a kill between
-the two loses what was in its hands: `status` and `doctor` say so.
+first empties the conduit, then touches the terminal, and types on at the inlet's position.  So a pump may be killed
+anywhere and nothing is lost or repeated.  Where a kernel does not splice terminals, `CopyingPump` reads and writes
+instead: a kill between the two loses output that was in its hands, and types up to 4 KiB of input twice: `status`
+and `doctor` say so.
 
 Always true
-    One pump at a time per process: splice does not lock the file position.  The lease is the caller's duty.
+    One pump at a time per process: nothing here locks a file position.  The lease is the caller's duty.
     An error of the transcript (no space, a limit) leaves the bytes where they are: `FULL`, try again.
     No terminal is waited for here; `Pumps` tells when to try again, from one edge-triggered epoll for all.
         Level-triggered, a hung-up terminal would wake us for ever.
@@ -26,6 +27,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 from .descriptors import Handles
+from .inlet import BASE, Inlet
 from .transcript import Transcript
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class Step(Enum):
     DRY = auto()  # nothing more for now
     MORE = auto()  # its turn was over first
     CLOSED = auto()  # end of file: nobody has the terminal open
-    FULL = auto()  # the transcript refuses; the bytes wait
+    FULL = auto()  # where it is to go takes no more; the bytes wait
 
 
 class Pump:
@@ -69,6 +71,7 @@ class Pump:
     def __init__(self, handles: Handles, transcript: Transcript) -> None:
         self.handles = handles
         self.transcript = transcript
+        self.inlet = Inlet(handles.inlet, transcript.facts.mark) if handles.inlet >= 0 else None
         self.written = transcript.written
         self.refusal: OSError | None = None
 
@@ -129,20 +132,26 @@ class Pump:
             self.written += moved
         return Step.MORE
 
-    def type_inlet(self) -> bool:
-        """Move input until the inlet is empty or the terminal full; tell whether some is left."""
-        splice, inlet, terminal = os.splice, self.handles.inlet_read, self.handles.terminal
+    def type(self, turn: int = TURN) -> Step:
+        """Type what is left in the inlet, until the terminal takes no more, or about `turn` bytes were typed."""
+        inlet = self.inlet
+        if inlet is None or not (left := inlet.left):
+            return Step.DRY
+        until = left - turn
         try:
-            while splice(inlet, terminal, PIPE_CHUNK):
-                pass
-            return False  # nobody can write into the inlet any more
-        except BlockingIOError:
-            return _waiting(inlet)
+            while left > max(0, until):
+                left -= self._type(inlet, min(left, PIPE_CHUNK))
         except OSError as error:
             # EIO: nobody has the terminal open; it may be opened again.
-            if error.errno == errno.EIO:
-                return _waiting(inlet)
-            raise
+            if error.errno not in (errno.EAGAIN, errno.EIO):
+                raise
+            return Step.FULL
+        finally:
+            inlet.trim()
+        return Step.MORE if left else Step.DRY
+
+    def _type(self, inlet: Inlet, size: int) -> int:
+        return os.sendfile(self.handles.terminal, inlet.fd, None, size)
 
     def _full(self, error: OSError) -> Step:
         self.refusal = error
@@ -157,7 +166,6 @@ class CopyingPump(Pump):
     def __init__(self, handles: Handles, transcript: Transcript) -> None:
         super().__init__(handles, transcript)
         self._in_hand = memoryview(b"")
-        self._to_type = memoryview(b"")
 
     def drain(self, turn: int = TURN) -> Step:
         """Move output until there is no more, or about `turn` bytes were moved."""
@@ -184,35 +192,14 @@ class CopyingPump(Pump):
                 return Step.CLOSED
             self._in_hand = memoryview(data)
 
-    def type_inlet(self) -> bool:
-        """Move input until the inlet is empty or the terminal full; tell whether some is left."""
-        try:
-            while True:
-                if not self._to_type:
-                    self._to_type = memoryview(os.read(self.handles.inlet_read, TERMINAL_CHUNK))
-                    if not self._to_type:
-                        return False  # nobody can write into the inlet any more
-                typed = os.write(self.handles.terminal, self._to_type)
-                self._to_type = self._to_type[typed:]
-        except BlockingIOError:
-            return bool(self._to_type)
-        except OSError as error:
-            if error.errno == errno.EIO:
-                return bool(self._to_type)
-            raise
+    def _type(self, inlet: Inlet, size: int) -> int:
+        data = os.pread(inlet.fd, min(size, TERMINAL_CHUNK), BASE + inlet.position)
+        typed = os.write(self.handles.terminal, data)
+        os.lseek(inlet.fd, typed, os.SEEK_CUR)
+        return typed
 
 
 PUMPS: dict[str, type[Pump]] = {Pump.mode: Pump, CopyingPump.mode: CopyingPump}
-
-
-def _waiting(pipe: int) -> bool:
-    return bool(select.select([pipe], [], [], 0)[0]) if pipe < 1024 else _poll(pipe)
-
-
-def _poll(pipe: int) -> bool:
-    poll = select.poll()
-    poll.register(pipe, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 class Owner(Protocol):
@@ -222,6 +209,9 @@ class Owner(Protocol):
 
     def output_moved(self) -> None:
         """The transcript has grown, and is about to be trimmed."""
+
+    def input_moved(self) -> None:
+        """The terminal was offered what is left in the inlet."""
 
     def terminal_closed(self) -> None:
         """End of file on the terminal, for now: a child that lives may open it again."""
@@ -261,10 +251,10 @@ class Pumps:
         handles = owner.pump.handles
         if handles.terminal >= 0:
             self._watch(handles.terminal, lambda: self._terminal_ready(owner))
-        if handles.inlet_read >= 0 and handles.terminal >= 0:
-            self._watch(handles.inlet_read, lambda: self._input_ready(owner))
         if handles.pidfd >= 0:
             self._watch(handles.pidfd, owner.process_exited)
+        if owner.pump.inlet and owner.pump.inlet.left:  # by a former holder
+            self.type(owner)
 
     def remove(self, owner: Owner) -> None:
         """Stop pumping for `owner`; must come before its descriptors are closed.
@@ -272,7 +262,7 @@ class Pumps:
         A closed number whose file lives on in another process would stay registered, for somebody else.
         """
         handles = owner.pump.handles
-        for fd in (handles.terminal, handles.inlet_read, handles.pidfd):
+        for fd in (handles.terminal, handles.pidfd):
             self._unwatch(fd)
         self._forget(owner)
 
@@ -281,10 +271,26 @@ class Pumps:
         self._busy[owner] = None
         self._schedule()
 
+    def type(self, owner: Owner) -> None:
+        """Type what is in `owner`'s inlet: what the terminal takes now, and the rest as it takes it."""
+        terminal = owner.pump.handles.terminal
+        if terminal not in self._watched:
+            return
+        step = owner.pump.type()
+        # Room is worth a wake-up only while something waits for it.  To ask again is to be told also of room that
+        # there is by now.
+        if step is Step.DRY:
+            if owner in self._typing:
+                self._typing.discard(owner)
+                self._epoll.modify(terminal, _READ)
+        elif step is Step.MORE or owner not in self._typing:
+            self._typing.add(owner)
+            self._epoll.modify(terminal, _WRITE)
+        owner.input_moved()
+
     def unwatch_terminal(self, owner: Owner) -> None:
         """Forget a terminal that will never yield anything again."""
         self._unwatch(owner.pump.handles.terminal)
-        self._unwatch(owner.pump.handles.inlet_read)
         self._forget(owner)
 
     def close(self) -> None:
@@ -380,17 +386,7 @@ class Pumps:
     def _terminal_ready(self, owner: Owner) -> None:
         self._busy[owner] = None
         if owner in self._typing:
-            self._input_ready(owner)
-
-    def _input_ready(self, owner: Owner) -> None:
-        terminal = owner.pump.handles.terminal
-        if terminal not in self._watched:
-            return
-        left = owner.pump.type_inlet()
-        if left != (owner in self._typing):
-            # Room is worth a wake-up only while something waits for it.
-            self._epoll.modify(terminal, _WRITE if left else _READ)
-            (self._typing.add if left else self._typing.discard)(owner)
+            self.type(owner)
 
     def _forget(self, owner: Owner) -> None:
         self._busy.pop(owner, None)

@@ -25,7 +25,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     `exit_code`: the code, or 128 + N for signal N; `None` while it lives and for `lost`.  `session_id`: a
     number, only while it lives.  `original_token_count`: of the output before it was shortened.
     `output_end`: the offset in the transcript up to which output was delivered.  `typed`: bytes of input
-    that were accepted.  `warnings`: sentences for the agent.
+    that the terminal took.  `warnings`: sentences for the agent.
     """
 
     thread: str
@@ -65,6 +65,13 @@ def chunk_id() -> str:
 def tokens(byte_count: int) -> int:
     """Return how many tokens that many bytes are taken for, rounded up."""
     return -(-byte_count // BYTES_PER_TOKEN)
+
+
+def typed_less(typed: int, size: int, *, ended: bool) -> str:
+    """Return the warning that only `typed` of a call's `size` bytes of input were typed."""
+    if ended:
+        return f"the process has ended; {f'only {typed} of {size} bytes were' if typed else 'nothing was'} typed"
+    return f"only {typed} of {size} bytes were typed: the program does not read its input; send the rest again"
 
 
 def output(

@@ -10,7 +10,6 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
         12     4  base            creator       where the stream starts: whole pages
         16     4  static length   creator       of the msgpack map at 512
         24     8  conduit         creator       inode number of that pipe; 0: none
-        32     8  inlet           creator       likewise
         64     4  pid             child         before it executes its program
         68     4  started         child         1 once pid is valid: the mark that it ran
         72     8  lease start     lease holder  start time of the holder, clock ticks since boot
@@ -20,8 +19,8 @@ a transcript self-describing: whoever finds nothing but descriptors knows all it
         92     4  told            lease holder  1 once an answer has told of its end
         96     8  delivered       lease holder  bytes of the stream that the agent has had
        104    32  holes           lease holder  from, to, from, to: offsets of the stream
-       136     8  typed           lease holder  bytes accepted as input
-       144     8  typing          lease holder  what `typed` will be after the write under way, if it is all taken
+       136     8  asked           lease holder  the last poll's name, of a process without an inlet: `inlet.name_of`
+       144     8  asked since     lease holder  what `delivered` was when that poll began
        152     4  ended by        who ended it  index into `outcome.BYS`, plus one
        160     4  kind            who knows     index into `outcome.KINDS`
        164     4  value           who knows     code or signal
@@ -68,17 +67,17 @@ _STATIC_AT = 512
 # 2 MiB of argv and environment is what Linux accepts for one program; a static part beyond it is no header.
 _STATIC_MAX = 2 << 20
 
-_PREFIX = struct.Struct("<8sHHII4xQQ")
+_PREFIX = struct.Struct("<8sHHII4xQ")
 _STARTED = struct.Struct("<II")
 _LEASE = struct.Struct("<QIII")
 _U64 = struct.Struct("<Q")
 _U32 = struct.Struct("<I")
-_TYPED = struct.Struct("<QQ")
+_ASKED = struct.Struct("<8sQ")
 _HOLES = struct.Struct("<QQQQ")
 _OUTCOME = struct.Struct("<IiQI")
-_LIVE = struct.Struct("<II QIIII Q QQQQ QQ I4x IiQI4x 128s")
+_LIVE = struct.Struct("<II QIIII Q QQQQ 16x I4x IiQI4x 128s")
 _MATCH = struct.Struct("<IIQ")
-_PIPES_AT, _PID_AT, _LEASE_AT, _TOLD_AT, _DELIVERED_AT, _HOLES_AT, _TYPED_AT = 24, 64, 72, 92, 96, 104, 136
+_CONDUIT_AT, _PID_AT, _LEASE_AT, _TOLD_AT, _DELIVERED_AT, _HOLES_AT, _ASKED_AT = 24, 64, 72, 92, 96, 104, 136
 _BY_AT, _OUTCOME_AT, _REASON_AT, _MARKED_AT = 152, 160, 184, 312
 _SCANNED_AT, _OUTPUT_AT, _MATCHES_AT = 320, 328, 336
 # Output rules that may be looked for at once.
@@ -251,8 +250,6 @@ class Live:
     told: bool
     delivered: int
     holes: tuple[Gap, ...]
-    typed: int
-    typing: int
     by: By | None
     outcome: Outcome | None
     ended_at_ns: int
@@ -270,7 +267,7 @@ class Transcript:
         prefix = os.pread(fd, _PREFIX.size + 4, 0)
         if len(prefix) < _PREFIX.size:
             raise PeerError("transcript header: too short")
-        magic, version, _, base, static_length, _, _ = _PREFIX.unpack_from(prefix)
+        magic, version, _, base, static_length, _ = _PREFIX.unpack_from(prefix)
         if magic != MAGIC:
             raise PeerError(f"transcript header: magic is {magic!r}, not {MAGIC!r}")
         if version != VERSION:
@@ -293,10 +290,10 @@ class Transcript:
         return transcript
 
     @staticmethod
-    def create(facts: Facts, lease: Lease, *, conduit: int = 0, inlet: int = 0) -> int:
+    def create(facts: Facts, lease: Lease, *, conduit: int = 0) -> int:
         """Return the descriptor of a new, empty transcript in state `starting`, leased to `lease`.
 
-        `conduit`, `inlet`: the inode numbers of its pipes, by which whoever finds them tells them apart.
+        `conduit`: the inode number of that pipe, by which whoever finds it tells that it is its.
         """
         static = facts.to_bytes()
         if len(static) > _STATIC_MAX:
@@ -307,7 +304,7 @@ class Transcript:
             os.ftruncate(fd, base)
             os.pwrite(fd, static, _STATIC_AT)
             os.pwrite(fd, _LEASE.pack(lease.start_time, lease.pid, lease.epoch, 1), _LEASE_AT)
-            os.pwrite(fd, _PREFIX.pack(MAGIC, VERSION, 0, base, len(static), conduit, inlet), 0)
+            os.pwrite(fd, _PREFIX.pack(MAGIC, VERSION, 0, base, len(static), conduit), 0)
             # The one seek in a transcript's life, before anybody else has a copy.
             os.lseek(fd, base, os.SEEK_SET)
             kernel.seal(fd)
@@ -359,8 +356,6 @@ class Transcript:
             a_to,
             b_from,
             b_to,
-            typed,
-            typing,
             by,
             kind,
             value,
@@ -384,17 +379,15 @@ class Transcript:
             bool(told),
             delivered,
             tuple(Gap(start, end) for start, end in ((a_from, a_to), (b_from, b_to)) if end > start),
-            typed,
-            typing,
             ended_by,
             outcome,
             ended_at,
         )
 
-    def pipes(self) -> tuple[int, int]:
-        """Return the inode numbers of conduit and inlet; 0 for one that there is not."""
-        conduit, inlet = struct.unpack("<QQ", os.pread(self.fd, 16, _PIPES_AT))
-        return conduit, inlet
+    def conduit(self) -> int:
+        """Return the inode number of the conduit; 0 when there is none."""
+        (inode,) = _U64.unpack(os.pread(self.fd, 8, _CONDUIT_AT))
+        return int(inode)
 
     def marked_at(self) -> int:
         """Return by when the process had started, in nanoseconds since boot; 0 while it has not."""
@@ -432,12 +425,14 @@ class Transcript:
         """Record that an answer, which may or may not arrive, tells of the end."""
         os.pwrite(self.fd, _U32.pack(1), _TOLD_AT)
 
-    def count_typed(self, total: int, typing: int | None = None) -> None:
-        """Record how many bytes of input were accepted so far, and how many will be if a write takes all.
+    def ask(self, name: bytes, since: int) -> None:
+        """Remember the last poll of a process without an inlet: its name, and what had been delivered before."""
+        os.pwrite(self.fd, _ASKED.pack(name, since), _ASKED_AT)
 
-        Said before and after each write: while both numbers are the same, they are the truth.
-        """
-        os.pwrite(self.fd, _TYPED.pack(total, total if typing is None else typing), _TYPED_AT)
+    def asked(self) -> tuple[bytes, int]:
+        """Return name and `since` of the last poll; zeros when there was none."""
+        name, since = _ASKED.unpack(os.pread(self.fd, _ASKED.size, _ASKED_AT))
+        return name, since
 
     def record_by(self, by: By) -> None:
         """Record who is about to end the process; the first to say so counts."""

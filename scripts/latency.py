@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import kernel
-from ..common.client import Thread, connect
+from ..common.client import connect
 from ..common.config import Config
-from ..common.errors import Interrupted
 from ..common.messages import Body, ExecCommand
 from ..common.pump import PUMPS, Pumps
 from .baselines import bare_descriptors, bare_spawner
@@ -234,12 +233,11 @@ async def crash(bench: Bench) -> list[Row]:
                 await thread.exec_command(TRUE, tty=True)
                 ran.append((time.perf_counter() - start) * 1e3)
             else:
-                typing = asyncio.create_task(_type(thread, echo))
+                typing = asyncio.create_task(thread.write_stdin(echo, "x"))
                 output = await thread.read_output(echo, offset, wait_ms=30_000)
                 echoed.append((time.perf_counter() - start) * 1e3)
                 await typing
-                # Input that was typed again has more than one echo.
-                offset = (await thread.read_output(echo, output.next_offset)).written
+                offset = output.next_offset
             up.append((await registered - start) * 1e3)
         await events.aclose()  # type: ignore[attr-defined]
     soon = "< 500 ms"
@@ -269,7 +267,7 @@ async def broker_crash(bench: Bench) -> list[Row]:
                 elif what == "exec /bin/true":
                     await thread.exec_command(TRUE)
                 else:
-                    typing = asyncio.create_task(_type(thread, echo))
+                    typing = asyncio.create_task(thread.write_stdin(echo, "x"))
                     await thread.read_output(echo, offset, wait_ms=30_000)
                 taken.append((time.perf_counter() - start) * 1e3)
                 if what == "typed input echoed":
@@ -303,16 +301,6 @@ async def _worker_up(events: AsyncIterator[dict[str, Any]], epoch: int) -> float
         if event["event"] == "worker" and event["what"] == "up" and event["epoch"] > epoch:
             break
     return time.perf_counter()
-
-
-async def _type(thread: Thread, process_id: str) -> None:
-    """Type one byte, again if the worker died while it typed: this child cannot tell, and does not mind."""
-    while True:
-        try:
-            await thread.write_stdin(process_id, "x")
-        except Interrupted:
-            continue
-        return
 
 
 async def help_text(bench: Bench) -> list[Row]:

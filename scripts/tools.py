@@ -115,6 +115,7 @@ def exec_(
 )
 @yield_option
 @tokens_option
+@click.option("--write-id", metavar="ID", help="The same ID again types nothing more and is answered the same.")
 @click.option("--no-resume", is_flag=True, help="Leave a sleeping thread asleep: the broker types.")
 def write_(
     thread: str | None,
@@ -125,6 +126,7 @@ def write_(
     from_stdin: bool,
     yield_ms: int | None,
     max_output_tokens: int,
+    write_id: str | None,
     no_resume: bool,
     as_json: bool,
 ) -> None:
@@ -141,6 +143,11 @@ def write_(
               outlive write 4711 --key ctrl-c
               outlive write 4711 --stdin < input.txt
     """
+    if write_id is not None:
+        if not 1 <= len(write_id) <= 256:
+            raise click.UsageError(f"--write-id: {len(write_id)} characters; use 1 to 256")
+        if from_stdin:
+            raise click.UsageError("--write-id names one call, and --stdin may take several; leave one out")
     key = key_of(process, thread)
     typed = os.fsencode(text) + "".join(keys).encode()
     ending = b"\r" if enter else b""
@@ -150,7 +157,9 @@ def write_(
     async def work(host: Host) -> Response:
         target = thread_of(host, key[0])
         if not from_stdin:
-            return await target.write_stdin(key[1], typed + ending, yield_time_ms=last_yield, **options)
+            return await target.write_stdin(
+                key[1], typed + ending, yield_time_ms=last_yield, write_id=write_id, **options
+            )
         return await _type_input(target, key[1], typed, ending, last_yield, options)
 
     result = with_host(work)

@@ -2,7 +2,6 @@
 
 Read in this order; a module imports only from those above it, and from `common`.
     commands     what a call becomes: the argv and environment of a child.  Decides; starts nothing.
-    writes       the input calls that are under way or were answered: a repetition types nothing twice.
     pruning      which process makes room for a new one.  Decides; does nothing.
     watchers     output as deltas, an end as one event.  Decides what to say; `link` says it.
     spawner      a small program beside the worker: it forks, deposits, and records how children ended.

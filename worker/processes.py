@@ -5,7 +5,6 @@ handoff.  Every process is a `Held` (pumped here) with a `Watch` (what is told a
 
 Always true
     A call id starts at most one process, also when the call comes again while the first is under way.
-    A write id is typed at most once; where a former holder of the process may have typed it, it is refused.
     An id that was ever used in this thread is not given out again.
     A process leaves the manager by exactly one of: collected, exported, ended by us, forgotten when told to.
 """
@@ -21,15 +20,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from ..common import kernel, launch, rules, tree
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
 from ..common.errors import (
     ExpiredProcess,
     HandoffError,
-    Interrupted,
     LimitReached,
     PeerError,
     SpawnError,
@@ -54,7 +50,6 @@ from . import pruning
 from .commands import command_line, environment_of
 from .nursery import Nursery, Order
 from .watchers import Watch
-from .writes import Writes
 
 # Descriptors kept free: libzmq aborts the process when it meets EMFILE.
 RESERVE = 64
@@ -67,11 +62,10 @@ CALLS_REMEMBERED = 10_000
 
 @dataclass(slots=True)
 class Managed:
-    """A process of this manager: held since a moment of `CLOCK_BOOTTIME`, and watched."""
+    """A process of this manager, held and watched."""
 
     held: Held
     watch: Watch
-    since: float
 
 
 class ProcessManager:
@@ -102,7 +96,6 @@ class ProcessManager:
         self._calls: dict[str, str] = {}
         # Call ids of collected processes, oldest first.
         self._collected: dict[str, None] = {}
-        self._writes = Writes()
         self._talking: Counter[str] = Counter()
         self._answered: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -155,47 +148,14 @@ class ProcessManager:
     async def write_stdin(self, call: WriteStdin) -> Response:
         """Type into a process, or poll it, and return what it printed since the last call.
 
-        The same `write_id` again joins the call or gets its answer, also when the process has been collected.
-        Raises `UnknownProcess` for an id that is not here, `StdinClosed` without a terminal, `Interrupted` for a
-        repetition that somebody else may have typed.
+        The same `write_id` again types nothing more, also when the first try was a former worker's.
+        Raises `UnknownProcess` for an id that is not here, `StdinClosed` without a terminal.
         """
-        if known := self._writes.get(call.write_id):
-            answer = await asyncio.shield(known.answer)
-            self._answered.add(call.process_id)
-            # What a worker that died had typed of this call before us, its broker did not ask us to type.
-            return msgspec.structs.replace(answer, typed=answer.typed + len(call.chars) - known.size)
         managed = self._managed(call.process_id)
-        if call.chars and call.first_asked is not None:
-            self._refuse_typed_by_others(managed, call.first_asked)
-        if not call.write_id:
-            return await self._write(managed, call)
-        return await self._writes.once(call.write_id, len(call.chars), self._write(managed, call))
-
-    def _refuse_typed_by_others(self, managed: Managed, first_asked: float) -> None:
-        """Raise `Interrupted` unless whoever may have typed a call made then is us, and we would know."""
-        process_id = managed.held.process_id
-        if managed.since > first_asked:
-            live = managed.held.transcript.live()
-            within = ", and somebody died within a write" if live.typing != live.typed else ""
-            raise Interrupted(
-                f"broker and worker were lost during the call{within}; process {process_id} lives, but whether it "
-                f"got the input is not known ({live.typed} bytes were typed in all): look at its output first"
-            )
-        if self._writes.forgotten_until > first_asked:
-            raise Interrupted(
-                f"the broker was lost during the call, and many calls came since; process {process_id} lives, but "
-                "whether it got the input is not known: look at its output first"
-            )
-
-    async def _write(self, managed: Managed, call: WriteStdin) -> Response:
         self._talking[call.process_id] += 1
         try:
-            response = await managed.held.converse(
-                call.chars,
-                write_yield(call.yield_time_ms, call.chars, typed=call.typed),
-                call.max_output_tokens,
-                call.since,
-            )
+            yield_s = write_yield(call.yield_time_ms, call.chars)
+            response = await managed.held.converse(call.chars, yield_s, call.max_output_tokens, call.write_id)
         finally:
             self._talked(call.process_id)
         self._answered.add(call.process_id)
@@ -449,7 +409,7 @@ class ProcessManager:
         if self._deltas and offset is None:
             offset = held.pump.written
         watch = Watch(held.transcript, self._send, seq=seq, offset=offset)
-        managed = Managed(held, watch, kernel.boottime())
+        managed = Managed(held, watch)
         self.used.add(held.process_id)
         self._processes[held.process_id] = managed
         self._calls[facts.call_id] = held.process_id

@@ -41,6 +41,7 @@ from ..common import ending, kernel, launch, notify
 from ..common.channel import Channel, Packet, parcel_rows
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, OutliveError, PeerError, SpawnError
+from ..common.inlet import Inlet
 from ..common.transcript import Facts, Lease, Transcript, mark_started
 
 # Bytes of a conduit: a terminal yields 4 KiB at a time, so the kernel's default of 64 KiB would only count
@@ -167,19 +168,18 @@ class Spawner:
         """Make, deposit, fork, deposit; return the pid.  What was made is in `handles` even after an error."""
         lease = Lease(*order["lease"])
         output_write = -1
-        pipes = {}
+        conduit = 0
         try:
             if facts.tty:
                 handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-                handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
                 _shrink(handles.conduit_write)
-                ends = {"conduit": handles.conduit_read, "inlet": handles.inlet_read}
-                pipes = {name: os.fstat(end).st_ino for name, end in ends.items()}
+                conduit = os.fstat(handles.conduit_read).st_ino
+                handles.inlet = Inlet.create(facts.mark)
             else:
                 handles.terminal, output_write = os.pipe()
                 os.set_blocking(handles.terminal, False)
             try:
-                handles.transcript = Transcript.create(facts, lease, **pipes)
+                handles.transcript = Transcript.create(facts, lease, conduit=conduit)
             except ValueError as error:
                 raise SpawnError(str(error), "prepare") from None
             early = handles.held()

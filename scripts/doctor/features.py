@@ -42,7 +42,7 @@ def check_system(name: str, release: str) -> Finding:
         return Finding("kernel", "error", found, "outlive needs Linux", "run it on Linux 5.11 or newer")
     numbers = tuple(int(part) for part in re.findall(r"\d+", release, re.ASCII)[:2])
     if numbers < _SPLICE_SINCE:
-        meaning = "older than 5.11: terminals cannot be spliced, so output in flight may be lost in a crash"
+        meaning = "older than 5.11: terminals cannot be spliced, so a crash may lose output or repeat input"
         return Finding("kernel", "warning", found, meaning, "use Linux 5.11 or newer, best 6.15")
     return Finding("kernel", "ok", found, "new enough")
 
@@ -157,8 +157,8 @@ FEATURES: tuple[Feature, ...] = (
         "splice from a terminal",
         kernel.can_splice_terminals,
         "warning",
-        "transcripts are spliced: no crash of ours loses a byte of output",
-        "transcripts are copied: a crash may lose the output that was in flight",
+        "transcripts are spliced: no crash of ours loses a byte of output or repeats one of input",
+        "transcripts are copied: a crash may lose output that was in flight, or type up to 4 KiB of input twice",
         f"use Linux 5.11 or newer; {_SANDBOX}",
     ),
     Feature(

@@ -24,9 +24,8 @@ RESERVE = 64
 # Processes that should fit: one thread full of them (`max_processes`), and a few more threads.
 _WANTED = 256
 _FEW = 64
-# A process on a terminal has a conduit and an inlet, of 4 and 16 pages of 4 KiB (`worker.spawner.CONDUIT_SIZE`,
-# and the kernel's own size).
-_PIPE_PAGES = 20
+# A process on a terminal has a conduit of 4 pages of 4 KiB (`worker.spawner.CONDUIT_SIZE`).
+_PIPE_PAGES = 4
 _CONDUIT_SIZE = 16 << 10
 # Bytes of memory that a full transcript takes.
 _TRANSCRIPT_MAX = Kept().head + Kept().tail + Kept().unread + Kept().slack

@@ -2,13 +2,13 @@
 
     flood       numbered lines, so that the bytes at any offset are known; compared while it grows and at its end
     command     short, with known output and exit code; leaves a trace, so that a second run would show
-    shell       counts its inputs, each of which is numbered
+    shell       counts its inputs, each of which is numbered; some are asked for twice, with the same write id
     sleepers    processes of a thread that sleeps; they end when a broker was just killed, and nobody held them
     handoffs    detach, resume, reattach, of a thread that all of this goes on in
 
 Always true
     Each child's outcome, output and number of runs are known before it starts, and compared after its end.
-    Every call is repeated until it is answered, with the same call id.
+    Every call is repeated until it is answered, with the same id.
 
 Not here
     The flooding program: `flood`.  Who dies: `mischief`.
@@ -188,8 +188,10 @@ class Children:
         reply = await self.until_done(thread.exec_command, argv, tty=tty, call_id=call)
         who = f"command {number} ({thread.thread_id}/{reply.process_id}, {'tty' if tty else 'pipes'})"
         printed = reply.output
-        while reply.session_id is not None:
-            reply = await self.until_done(thread.write_stdin, reply.process_id)
+        for poll in itertools.count():
+            if reply.session_id is None:
+                break
+            reply = await self.until_done(thread.write_stdin, reply.process_id, write_id=f"{call}-poll-{poll}")
             printed += reply.output
         tally.commands += 1
         tally.check_text(who, text.encode(), printed.encode())
@@ -215,19 +217,20 @@ class Children:
         while not self.scene.over.is_set():
             number += 1
             resume = self.random.random() < 0.8
-            self.scene.at(Moment.TYPING, thread.thread_id)
-            try:
+            text, write_id = f"n=$((n+1)); echo n=$n,{number}.\n", f"input-{number}"
+            tally.inputs += 1
+            # The second time as a caller does who died and does not know what he was answered.
+            for again in range(1 + (self.random.random() < 0.2)):
+                tally.inputs_asked_again += again
+                self.scene.at(Moment.TYPING, thread.thread_id)
                 reply = await self.until_done(
-                    thread.write_stdin, process_id, f"n=$((n+1)); echo n=$n,{number}.\n", resume=resume
+                    thread.write_stdin, process_id, text, resume=resume, write_id=write_id
                 )
-            except outlive.Interrupted:
-                tally.inputs_interrupted += 1
-                continue
-            finally:
-                tally.inputs += 1
-            tally.count("processes_lost", reply.session_id is None, f"{who}: ended, {reply.outcome}")
-            if reply.session_id is None:
-                return
+                tally.count("processes_lost", reply.session_id is None, f"{who}: ended, {reply.outcome}")
+                if reply.session_id is None:
+                    return
+                short = reply.typed != len(text)
+                tally.count("inputs_lost_or_repeated", short, f"{who}: {reply.typed} bytes of {text!r}")
             sure.add(number)
             await self.scene.pause(0.3)
         await self._farewell(thread, process_id, who)

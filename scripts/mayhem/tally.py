@@ -34,7 +34,7 @@ class Tally:
     commands: int = 0
     ended_unheld: int = 0
     inputs: int = 0
-    inputs_interrupted: int = 0
+    inputs_asked_again: int = 0
     handoffs: int = 0
     answered_after_ms: float = 0.0
     answered_at_latest_ms: float = 0.0

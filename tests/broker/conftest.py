@@ -12,6 +12,7 @@ import pytest
 
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
+from outlive.common.inlet import Inlet
 from outlive.common.transcript import Facts, Lease, Limits, Transcript, mark_started
 
 # Of nobody: as long as a process of this pid and start time cannot exist, the lease is free to take.
@@ -60,7 +61,7 @@ class Children:
         """Return what a spawner deposits before it forks; the caller's to close, as everything else here."""
         handles = Handles({"transcript": Transcript.create(facts_of(process_id, **facts), DEAD)})
         handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handles.inlet = Inlet.create(Transcript(handles.transcript).facts.mark)
         return handles
 
     def late(self, early: Handles, *argv: str, executed: bool = True) -> Handles:

@@ -14,6 +14,7 @@ from outlive.broker.detached import BROKER_EPOCH, DetachedStore
 from outlive.common.descriptors import Handles
 from outlive.common.errors import HandoffError, PeerError, StdinClosed
 from outlive.common.held import Held
+from outlive.common.inlet import Inlet
 from outlive.common.outcome import Outcome
 from outlive.common.pump import Pump, Pumps
 from outlive.common.transcript import Gap, Lease, Transcript
@@ -68,10 +69,10 @@ async def test_a_detached_process_takes_input(store: Store, children: Any) -> No
     assert held.outcome == Outcome("exited", code=7)
 
 
-async def test_what_the_dead_pumper_left_in_the_pipes_comes_first(store: Store, children: Any) -> None:
+async def test_what_the_dead_pumper_left_comes_first(store: Store, children: Any) -> None:
     handles = children.start("1000", "/bin/sh", "-c", "stty -echo raw; echo ready; head -c 5; echo")
     os.write(handles.conduit_write, b"left over, ")
-    os.write(handles.inlet_write, b"typed")
+    Inlet(handles.inlet, Transcript(handles.transcript).facts.mark).accept(b"name-of-", b"typed", 0)
     held = store.insert(("t", "1000"), handles)
     assert await held.until_ended()
     assert printed(held.transcript).startswith(b"left over, ")
@@ -90,8 +91,7 @@ async def test_the_store_holds_the_lease_while_it_pumps_and_gives_it_back(store:
         "terminal",
         "conduit_read",
         "conduit_write",
-        "inlet_read",
-        "inlet_write",
+        "inlet",
         "pidfd",
     }
     assert Transcript(given_back.transcript).live().lease is None
@@ -126,7 +126,7 @@ async def test_a_live_holder_is_not_robbed_and_the_handles_stay_the_callers(stor
     with pytest.raises(HandoffError, match="still holds the lease"):
         store.insert(("t", "1000"), handles)
     assert ("t", "1000") not in store
-    assert len(handles) == 7
+    assert len(handles) == 6
     Transcript(handles.transcript).release_lease()
     store.insert(("t", "1000"), handles)
 
@@ -193,8 +193,7 @@ async def test_an_end_before_the_store_had_it_is_noticed(store: Store, children:
 
 async def test_typing_into_a_process_without_a_terminal_is_refused(store: Store, children: Any) -> None:
     handles = children.start("1000", "/bin/cat")
-    handles.close_role("inlet_read")
-    handles.close_role("inlet_write")
+    handles.close_role("inlet")
     held = store.insert(("t", "1000"), handles)
     with pytest.raises(StdinClosed, match="tty=true"):
         await held.type(b"x", float("inf"))
@@ -207,6 +206,6 @@ async def test_closing_the_store_closes_every_descriptor(
     store = Store(pumps)
     for process_id in ("1000", "2000"):
         store.insert(("t", process_id), children.start(process_id, "/bin/cat"))
-    assert descriptors() == before + 14
+    assert descriptors() == before + 12
     store.close()
     assert descriptors() == before

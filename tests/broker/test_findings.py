@@ -15,6 +15,7 @@ from outlive.broker.findings import EVENTS, VERDICTS, Leaseholder, Progress, Ver
 from outlive.common import kernel
 from outlive.common.descriptors import ROLES, Handles
 from outlive.common.errors import PeerError
+from outlive.common.inlet import Inlet
 from outlive.common.transcript import Facts, Lease, Transcript, mark_started
 
 from .conftest import DEAD, facts_of
@@ -27,18 +28,15 @@ def whole(facts: Facts, pid: int, lease: Lease = DEAD) -> Handles:
     handles = Handles()
     if facts.tty:
         handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        handles.inlet = Inlet.create(facts.mark)
         handles.terminal, slave = os.openpty()
         os.close(slave)
-        inodes = {
-            "conduit": os.fstat(handles.conduit_read).st_ino,
-            "inlet": os.fstat(handles.inlet_read).st_ino,
-        }
+        conduit = os.fstat(handles.conduit_read).st_ino
     else:
         handles.terminal, theirs = os.pipe()
         os.close(theirs)
-        inodes = {}
-    handles.transcript = Transcript.create(facts, lease, **inodes)
+        conduit = 0
+    handles.transcript = Transcript.create(facts, lease, conduit=conduit)
     mark_started(handles.transcript, pid)
     handles.pidfd = os.pidfd_open(pid)
     return handles

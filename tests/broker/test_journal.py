@@ -26,6 +26,8 @@ from outlive.broker import journal as module
 from outlive.broker.journal import Journal, ThreadJournal
 from outlive.broker.records import Key, Limits, Record, Shelf
 from outlive.common.errors import ExpiredProcess, Unavailable, UnknownProcess
+from outlive.common.inlet import name_of
+from outlive.common.messages import WriteStdin
 from outlive.common.transcript import Gap
 from outlive.common.transcript import Limits as Kept
 
@@ -148,7 +150,7 @@ async def test_a_kept_process_answers_with_its_outcome_and_every_byte(brokers: B
         assert list(record.parts(0, len(output))) == [(0, output)]
         assert record.row == row_of("1234")
         assert record.piece(7, 100).pieces == [(7, output[7:107])]
-        answer = record.answer(10_000, 0, typed_nothing=False)
+        answer = record.answer(10_000, 0)
         assert (answer.exit_code, answer.session_id, answer.output_end) == (3, None, len(output))
         assert answer.sentence == "Process exited with code 3"
         journal.flush() if journal._changes else (journal := brokers.start())
@@ -160,9 +162,33 @@ async def test_an_answer_after_everything_was_delivered_is_empty_and_still_has_t
     thread = brokers.start().thread("t")
     row = row_of("1234", {"kind": "signaled", "signal": 9})
     thread.keep(row, children.transcript("1234", b"all of it"))
-    answer = thread.get("1234").answer(10_000, None, typed_nothing=True)
+    answer = thread.get("1234").answer_write(WriteStdin(thread="t", process_id="1234", chars=b"x"))
     assert (answer.output, answer.exit_code, answer.original_token_count) == ("", 137, 0)
     assert answer.warnings == ["the process has ended; nothing was typed"]
+
+
+async def test_the_last_calls_of_what_has_ended_are_answered_as_they_were(brokers: Brokers, children: Any) -> None:
+    journal = brokers.start()
+    calls = {name_of("typed").hex(): (2, 3), name_of("poll").hex(): (0, 5)}
+    journal.thread("t").keep(row_of("1234"), children.transcript("1234", b"all of it"), calls)
+
+    def asked(write_id: str, chars: bytes = b"") -> tuple[int, str, list[str]]:
+        call = WriteStdin(thread="t", process_id="1234", chars=chars, write_id=write_id)
+        answer = thread.get("1234").answer_write(call)
+        return answer.typed, answer.output, answer.warnings
+
+    for _ in range(2):
+        thread = journal.thread("t")
+        assert asked("typed", b"ab") == (2, " of it", [])
+        assert asked("typed", b"abc") == (
+            2,
+            " of it",
+            ["the process has ended; only 2 of 3 bytes were typed"],
+        )
+        assert asked("poll") == (0, "f it", [])
+        assert asked("another", b"ab") == (0, "", ["the process has ended; nothing was typed"])
+        assert "calls" not in next(iter(thread.rows()))
+        journal = brokers.start()
 
 
 async def test_a_gap_is_kept_as_a_gap(brokers: Brokers, children: Any) -> None:
@@ -443,7 +469,7 @@ async def test_what_was_alive_in_another_boot_is_lost_with_that_reason(brokers: 
             "bytes_delivered": 0,
             "outcome": {"kind": "lost", "reason": "rebooted"},
         }
-        answer = record.answer(1000, None, typed_nothing=False)
+        answer = record.answer(1000, 0)
         assert (answer.exit_code, answer.sentence) == (None, "Process lost: rebooted")
         assert record.piece(0, 100).pieces == []
         assert thread.calls["call-1000"] == "1000", "it is not started again"

@@ -424,7 +424,7 @@ async def test_a_deposit_that_is_refused_closes_its_descriptors_and_takes_the_re
     with pytest.raises(PeerError, match=r"other/1 belongs.*t/2: .*t/1.*t/3: .*transcript"):
         stage.manager.deposited(peer, parcel, kept=False)
     assert list(stage.thread.entries) == ["1000"]
-    assert descriptors() == before + 7
+    assert descriptors() == before + 6
     for handles in (good, foreign, bare):
         handles.close()
 
@@ -633,7 +633,7 @@ async def test_a_collected_process_answers_from_the_journal_and_holds_no_descrip
     before = descriptors()
     stage.manager.noticed(stage.peer, Ended(process_id="1000", call_id="call-1000"))
     stage.manager.noticed(stage.peer, Collected(process_id="1000"))
-    assert descriptors() == before - 7
+    assert descriptors() == before - 6
     record = stage.manager.find("t", "1000")
     assert not isinstance(record, Entry)
     assert record.row["call_id"] == "call-1000"

@@ -21,6 +21,7 @@ import pytest
 
 from outlive.common import kernel, launch
 from outlive.common.descriptors import Handles
+from outlive.common.inlet import Inlet
 from outlive.common.pump import Pump
 from outlive.common.transcript import Facts, Gap, Lease, Limits, Transcript, mark_started
 
@@ -152,7 +153,7 @@ class Children:
         handles = Handles({"transcript": Transcript.create(facts_of(tty=tty, mark=mark, **facts), DEAD)})
         if tty:
             handles.conduit_read, handles.conduit_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            handles.inlet_read, handles.inlet_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            handles.inlet = Inlet.create(mark)
         self._handles.append(handles)
         return handles
 
@@ -218,12 +219,16 @@ class Owner:
     def __init__(self, pump: Pump) -> None:
         self.pump = pump
         self.moves = 0
+        self.offers = 0
         self.closings = 0
         self.dry = 0
         self.exits = 0
 
     def output_moved(self) -> None:
         self.moves += 1
+
+    def input_moved(self) -> None:
+        self.offers += 1
 
     def terminal_closed(self) -> None:
         self.closings += 1

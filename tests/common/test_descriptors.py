@@ -28,8 +28,8 @@ def test_what_is_not_there_is_minus_one() -> None:
 
 
 def test_held_is_in_the_order_of_the_roles(no_leak: None) -> None:
-    handles = opened("pidfd", "transcript", "inlet_read")
-    assert list(handles.held()) == ["transcript", "inlet_read", "pidfd"]
+    handles = opened("pidfd", "transcript", "inlet")
+    assert list(handles.held()) == ["transcript", "inlet", "pidfd"]
     handles.close()
 
 

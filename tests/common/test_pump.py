@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import resource
+import select
 import signal
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def pump_of(kind: type[Pump], handles: Handles) -> Pump:
     return kind(handles, Transcript(handles.transcript))
 
 
+def accept(pump: Pump, chars: bytes) -> None:
+    assert pump.inlet is not None
+    pump.inlet.accept(b"name-of-", chars, 0)
+
+
 # The contract.
 
 
@@ -108,8 +114,8 @@ def test_input_reaches_a_raw_child_byte_for_byte(children: Children, kind: type[
     handles = children.python(program)
     pump = pump_of(kind, handles)
     eventually(lambda: pump.drain() is Step.DRY and printed(pump.transcript) == b"raw")
-    os.write(handles.inlet_write, BINARY)
-    assert not pump.type_inlet()
+    accept(pump, BINARY)
+    assert pump.type() is Step.DRY
     drain_to_the_end(pump)
     assert printed(pump.transcript) == b"raw" + BINARY
 
@@ -125,31 +131,34 @@ def test_input_that_a_child_does_not_read_is_left_and_typed_later(children: Chil
     pump = pump_of(kind, handles)
     eventually(lambda: pump.drain() is Step.DRY and pump.written)
     text = random.Random(7).randbytes(60_000)
-    os.write(handles.inlet_write, text)
-    assert pump.type_inlet()  # a terminal takes a few kilobytes
+    accept(pump, text)
+    assert pump.type() is Step.FULL  # a terminal takes a few kilobytes
     signal.pidfd_send_signal(handles.pidfd, signal.SIGUSR1)
 
     def typed() -> bool:
-        pump.type_inlet()
+        pump.type()
         return pump.drain() is Step.CLOSED
 
     eventually(typed)
     assert printed(pump.transcript) == b"raw" + text
 
 
-def test_an_inlet_that_nobody_can_write_to_does_not_spin(children: Children, kind: type[Pump]) -> None:
-    handles = children.start("/bin/cat")
-    os.write(handles.inlet_write, b"x")
-    handles.close_role("inlet_write")
-    assert not pump_of(kind, handles).type_inlet()
+def test_typing_ends_a_turn_before_the_input_does(children: Children, kind: type[Pump]) -> None:
+    pump = pump_of(kind, children.python(RAW + "\nwhile os.read(0, 4096): pass"))
+    eventually(lambda: pump.drain() is Step.DRY and pump.written)
+    accept(pump, b"x" * 10_000)
+    assert pump.inlet is not None
+    eventually(lambda: pump.type(turn=1) in (Step.MORE, Step.DRY))
+    eventually(lambda: pump.type() is Step.DRY)
+    assert (pump.inlet.left, pump.inlet.position) == (0, 10_000)
 
 
 def test_input_for_a_terminal_that_nobody_has_open_is_no_error(children: Children, kind: type[Pump]) -> None:
     handles = children.start("/bin/true")
     pump = pump_of(kind, handles)
     drain_to_the_end(pump)
-    os.write(handles.inlet_write, b"too late")
-    pump.type_inlet()
+    accept(pump, b"too late")
+    assert pump.type() in (Step.DRY, Step.FULL)
     assert pump.drain() is Step.CLOSED
 
 
@@ -200,6 +209,47 @@ def test_a_killed_pumper_loses_and_repeats_nothing_and_the_next_one_goes_on(chil
     lines, rest = divmod(transcript.written, 10)
     assert (lines % 256, rest) == (0, 0)  # the child stops only after so many
     assert printed(transcript) == b"".join(b"%09d\n" % line for line in range(lines))
+
+
+def test_a_killed_typist_types_nothing_twice_and_drops_nothing_and_the_next_one_goes_on(
+    children: Children, tmp_path: Path
+) -> None:
+    if not kernel.can_splice_terminals():
+        pytest.skip("this kernel does not splice terminals")
+    text = b"".join(b"%07d\n" % line for line in range(250_000))
+    # A reader that stops now and then, so that typists are killed before full terminals and before empty ones.
+    program = RAW + (
+        "import random, sys, time\nleft = int(sys.argv[2])\nwith open(sys.argv[1], 'wb') as file:\n"
+        " while left:\n  data = os.read(0, 4096); left -= file.write(data)\n"
+        "  if random.random() < 0.2: time.sleep(0.001)\n"
+    )
+    handles = children.python(program, str(tmp_path / "got"), str(len(text)))
+    pump = Pump(handles, Transcript(handles.transcript))
+    eventually(lambda: pump.drain() is Step.DRY and pump.written)
+    inlet = pump.inlet
+    assert inlet is not None
+    accept(pump, text)
+
+    def type_for_ever() -> None:
+        room = select.epoll()
+        room.register(handles.terminal, select.EPOLLOUT | select.EPOLLET)
+        while (step := pump.type()) is not Step.DRY:
+            if step is Step.FULL:
+                room.poll()
+
+    chance = random.Random(13)
+    kills = 0
+    while inlet.left:
+        pid = children.fork(type_for_ever)
+        goal = min(inlet.end, inlet.position + chance.randrange(1, 20_000))
+        while inlet.position < goal:
+            pass  # a pause here would be worth a hundred kilobytes of input
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+    drain_to_the_end(pump)
+    assert kills > 20
+    assert (tmp_path / "got").read_bytes() == text
 
 
 def test_the_next_pumper_first_empties_the_conduit(children: Children) -> None:
@@ -304,8 +354,8 @@ async def test_a_removed_owner_hears_nothing_more(children: Children, pumps: Pum
     pumps.remove(first)
     assert len(pumps) == 0
     heard = first.moves, first.closings, first.exits
-    pumps.add(second)
-    os.write(handles.inlet_write, b"\n")
+    accept(second.pump, b"\n")
+    pumps.add(second)  # which types what it finds
     await until(lambda: second.closings and second.exits)
     assert (first.moves, first.closings, first.exits) == heard
     assert printed(second.pump.transcript) == b"one\r\n\r\ntwo\r\n"
@@ -396,11 +446,14 @@ async def test_input_is_typed_when_the_terminal_has_room_again(children: Childre
     pumps.add(owner)
     await until(lambda: owner.pump.written)
     text = random.Random(5).randbytes(60_000)
-    os.write(handles.inlet_write, text)
-    await until(lambda: kernel.bytes_waiting(handles.inlet_read) < len(text))
+    accept(owner.pump, text)
+    pumps.type(owner)
+    assert owner.pump.inlet is not None
+    assert 0 < owner.pump.inlet.left < len(text)
     signal.pidfd_send_signal(handles.pidfd, signal.SIGUSR1)
     await until(lambda: owner.exits and owner.closings)
     assert printed(owner.pump.transcript) == b"raw" + text
+    assert (owner.pump.inlet.left, owner.offers > 1) == (0, True)
 
 
 async def test_closing_under_flood_is_quiet(children: Children, caplog: pytest.LogCaptureFixture) -> None:

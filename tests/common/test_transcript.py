@@ -97,14 +97,14 @@ def test_a_written_header_is_these_bytes(children: Children) -> None:
     transcript.take_lease(Lease(pid=5, start_time=0x0102030405060708, epoch=9))
     transcript.record_told()
     transcript.deliver(0x1112131415161718)
-    transcript.count_typed(3, 8)
+    transcript.ask(b"12345678", 8)
     transcript.record_by("cleaned")
     transcript.record_outcome(Outcome("signaled", signal=9))
     raw = os.pread(transcript.fd, 512, 0)
     assert raw[64:72] == bytes.fromhex("04030201 01000000")
     assert raw[72:96] == bytes.fromhex("0807060504030201 05000000 09000000 01000000 01000000")
     assert raw[96:104] == bytes.fromhex("1817161514131211")
-    assert raw[136:152] == bytes.fromhex("0300000000000000 0800000000000000")
+    assert raw[136:152] == b"12345678" + bytes.fromhex("0800000000000000")
     assert raw[152:156] == bytes.fromhex("03000000")  # the third of BYS
     assert raw[160:168] == bytes.fromhex("01000000 09000000")
     assert raw[176:180] == bytes.fromhex("01000000")
@@ -148,7 +148,7 @@ def test_a_header_of_these_bytes_is_understood() -> None:
     raw[72:96] = bytes.fromhex("0200000000000000 05000000 09000000 01000000 01000000")
     raw[96:104] = bytes.fromhex("0700000000000000")
     raw[104:136] = struct.pack("<QQQQ", 10, 20, 30, 40)
-    raw[136:152] = struct.pack("<QQ", 6, 6)
+    raw[136:152] = struct.pack("<8sQ", b"abcdefgh", 6)
     raw[152:156] = bytes.fromhex("01000000")
     raw[160:180] = bytes.fromhex("02000000 00000000 0900000000000000 01000000")
     raw[184:190] = b"reason"
@@ -156,10 +156,11 @@ def test_a_header_of_these_bytes_is_understood() -> None:
     with a_sealed_file(bytes(raw)) as fd:
         transcript = Transcript(fd)
         live = transcript.live()
+        assert transcript.asked() == (b"abcdefgh", 6)
         assert transcript.facts == SPOKEN
         assert transcript.written == 3
     assert (live.pid, live.started, live.lease) == (0x01020304, True, Lease(5, 2, 9))
-    assert (live.told, live.delivered, live.typed, live.typing) == (True, 7, 6, 6)
+    assert (live.told, live.delivered) == (True, 7)
     assert live.holes == (Gap(10, 20), Gap(30, 40))
     assert live.outcome == Outcome("lost", reason="reason", by="caller")
     assert live.ended_at_ns == 9
@@ -603,14 +604,6 @@ def test_a_long_reason_is_cut_at_a_character(reason: str) -> None:
     whole = reason.encode("utf-8", "replace").decode().rstrip("\0")
     assert whole.startswith(outcome.reason)
     assert outcome.reason == whole or len(outcome.reason.encode()) > 123
-
-
-def test_input_is_counted_before_and_after_each_write(children: Children) -> None:
-    transcript = children.transcript()
-    transcript.count_typed(0, 5)
-    assert (transcript.live().typed, transcript.live().typing) == (0, 5)
-    transcript.count_typed(4)
-    assert (transcript.live().typed, transcript.live().typing) == (4, 4)
 
 
 def test_a_child_says_that_it_started_and_everybody_sees_it(children: Children) -> None:

@@ -120,7 +120,7 @@ async def test_the_end_that_a_lost_answer_told_is_told_again(home: Home, host: o
     assert home.pids("worker") == [worker]
 
 
-async def test_input_is_interrupted_when_the_worker_died_with_the_broker_and_is_not_typed_again(
+async def test_input_is_typed_once_and_answered_when_worker_and_broker_die_at_once(
     home: Home, host: outlive.Host
 ) -> None:
     thread = await host.thread("both")
@@ -129,14 +129,17 @@ async def test_input_is_interrupted_when_the_worker_died_with_the_broker_and_is_
     await until_said(home, "both", process_id, b"got once")
     (worker,) = home.pids("worker")
     (broker,) = home.pids("broker")
-    os.kill(broker, signal.SIGSTOP)  # else it sends the rest of the call to the next worker
+    os.kill(broker, signal.SIGSTOP)  # else it sends the call to the next worker
     os.kill(worker, signal.SIGKILL)
     os.kill(broker, signal.SIGKILL)
-    # Without a keeper the process has gone with its last holders.
-    with pytest.raises((outlive.Interrupted, outlive.ExpiredProcess)) as error:
-        await call
-    if error.type is outlive.Interrupted:
-        assert (await thread.output(process_id)).count(b"got once") == 1
+    answer = asyncio.create_task(thread.write_stdin(process_id, "end\n"))
+    await until_said(home, "both", process_id, b"got end")
+    assert (await answer).typed == 4
+    await thread.kill(process_id)
+    response = await call
+    assert (response.typed, response.exit_code) == (5, 143)
+    assert response.output.split()[:2] == ["got", "once"]
+    assert (await thread.output(process_id)).count(b"got once") == 1
 
 
 async def test_the_answer_to_a_former_broker_is_not_taken_for_one_to_the_next(

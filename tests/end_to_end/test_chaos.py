@@ -27,7 +27,14 @@ async def chaos(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("kind", "kills"), [("worker", 15), ("broker", 6), ("keeper", 4), ("all", 16)], ids=lambda value: str(value)
+    ("kind", "kills"),
+    [
+        ("worker", 15),
+        ("all", 16),
+        pytest.param("broker", 6, marks=pytest.mark.long),
+        pytest.param("keeper", 4, marks=pytest.mark.long),
+    ],
+    ids=lambda value: str(value),
 )
 async def test_the_killed_cost_nothing(kind: str, kills: int) -> None:
     status, toll = await chaos(kind, "--kills", str(kills), "--children", "2")

@@ -59,9 +59,9 @@ def test_numbers_that_belong_to_others_are_theirs() -> None:
 
 @pytest.mark.parametrize(
     ("hard", "count"),
-    [(0, 0), (128, 0), (141, 0), (142, 1), (1024, 64), (20_000, 1419), (524_288, 1428), (FREE, 1428)],
+    [(0, 0), (128, 0), (139, 0), (140, 1), (1024, 74), (20_000, 1656), (524_288, 1666), (FREE, 1666)],
 )
-def test_a_process_takes_seven_descriptors_of_what_reserve_and_store_leave(hard: int, count: int) -> None:
+def test_a_process_takes_six_descriptors_of_what_reserve_and_store_leave(hard: int, count: int) -> None:
     assert fitting(hard) == count
 
 
@@ -107,9 +107,9 @@ def test_limits_that_do_not_bind_root_do_not_alarm_root() -> None:
 
 def test_pages_of_pipes_slow_down_when_soft_and_stop_when_hard() -> None:
     assert limits.check_pipe_pages(setting("pipe-user-pages-soft", "0")).severity == "ok"
-    assert limits.check_pipe_pages(setting("pipe-user-pages-soft", "1024")).severity == "warning"
-    assert limits.check_pipe_pages(setting("pipe-user-pages-hard", "1024")).severity == "warning"
-    assert limits.check_pipe_pages(setting("pipe-user-pages-hard", "8")).severity == "error"
+    assert limits.check_pipe_pages(setting("pipe-user-pages-soft", "200")).severity == "warning"
+    assert limits.check_pipe_pages(setting("pipe-user-pages-hard", "200")).severity == "warning"
+    assert limits.check_pipe_pages(setting("pipe-user-pages-hard", "3")).severity == "error"
     assert limits.check_pipe_size(setting("pipe-max-size", "4096")).severity == "note"
 
 

@@ -146,7 +146,7 @@ async def test_what_exists_before_the_fork_is_deposited_before_and_the_rest_afte
     first, second = broker.packets(2)
     (key, early), (same, late) = *open_parcel(first).items(), *open_parcel(second).items()
     assert key == same == held.key
-    assert set(early.held()) == {"transcript", "conduit_read", "conduit_write", "inlet_read", "inlet_write"}
+    assert set(early.held()) == {"transcript", "conduit_read", "conduit_write", "inlet"}
     assert set(late.held()) == {"terminal", "pidfd"}
     assert Transcript(early.transcript).facts == held.transcript.facts
     early.close()
