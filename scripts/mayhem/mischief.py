@@ -223,6 +223,7 @@ class Imp:
         thread, known = "", {broker}
         upgrading: asyncio.Task[Any] | None = None
         killed: list[Target] = []
+        dying: list[Victim] = []
         for blow in piece.blows:
             if blow.moment is Moment.UPGRADE:
                 upgrading = asyncio.create_task(self.upgrade())
@@ -246,6 +247,7 @@ class Imp:
                     victim = keeper
             if victim is not None and victim.kill():
                 killed.append(blow.target)
+                dying.append(victim)
                 tally.kills += 1
                 tally.kills_of_workers += blow.target is Target.WORKER
                 tally.kills_of_brokers += blow.target in (Target.BROKER, Target.CANDIDATE)
@@ -260,6 +262,9 @@ class Imp:
             tally.answered(time.monotonic() - began)
         if upgrading is not None:
             await upgrading
+        # A keeper that is killed and not dead yet would pass for the living one: the next piece may not begin.
+        while any(one.alive for one in dying):
+            await asyncio.sleep(_WATCH)
 
     async def _moment(self, moment: Moment) -> str:
         """Wait for a moment, but not for ever; return the thread whose it is, or none."""
