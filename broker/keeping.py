@@ -45,10 +45,11 @@ class Keeping:
         self._answers: dict[str, asyncio.Future[None]] = {}
         self._socket: socket.socket | None = None
         path = os.environ.get(notify.ADDRESS)
-        if path and line:
+        self._path = Path(path) if path else None
+        if self._path and line:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
-            with SocketPath(Path(path)) as address, suppress(OSError):
+            with SocketPath(self._path) as address, suppress(OSError):
                 self._socket.connect(address)
         if line:
             line.setblocking(False)
@@ -82,7 +83,16 @@ class Keeping:
         self._tell(notify.stored(mark), fds)
 
     def remove(self, mark: str) -> None:
-        """Have it close what it keeps of the process with this mark."""
+        """Have it close what it keeps of the process with this mark.
+
+        Ours may have died, and spawners tell the next one, whose broker will hear nothing from us of what is gone.
+        """
+        if self._socket is None and self._path:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as once, suppress(OSError):
+                once.setblocking(False)
+                with SocketPath(self._path) as address:
+                    once.connect(address)
+                notify.send(once, notify.removed(mark))
         self._tell(notify.removed(mark))
 
     def ready(self) -> None:

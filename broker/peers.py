@@ -53,6 +53,8 @@ class Peer:
         self.calls: dict[int, asyncio.Future[Reply]] = {}
         # Of a worker: ids of the calls it was told to start something for, unless it has answered.
         self.starts: set[str] = set()
+        # Of a worker that a former broker knew: whether it reported with a start under way, of whichever call.
+        self.starting = False
         self._numbers = itertools.count(1)
 
     def admit(self, role: Role, thread_id: str = "", epoch: int = 0) -> str:

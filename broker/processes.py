@@ -301,7 +301,8 @@ class Processes(ABC):
         entry.handles.adopt(handles)
         self.descriptors += len(new)
         if new and not kept and entry.transcript:
-            self._world.keep(entry.transcript.facts.mark, new)
+            # All of it: of what came before, a spawner that died may have promised more than it could keep.
+            self._world.keep(entry.transcript.facts.mark, [*entry.handles.held().values()])
 
     # What a former broker left.
 
@@ -428,9 +429,7 @@ class Processes(ABC):
             self.move(entry, Event.VANISHED)
             return
         if pidfd is not None:
-            self._adopt(entry, Handles({"pidfd": pidfd}), kept=True)
-            # Its spawner may have died before it had the keeper keep anything.
-            self._world.keep(transcript.facts.mark, [*entry.handles.held().values()])
+            self._adopt(entry, Handles({"pidfd": pidfd}), kept=False)
         entry.pid = live.pid
         self._started(entry, Event.STARTED_ALONE)
 

@@ -76,7 +76,7 @@ class Workers(Processes):
         """
         try:
             async with asyncio.timeout(UNFINISHED_DEADLINE if thread.unfinished else None):
-                while thread.unfinished or any(call_id in peer.starts for peer in thread.former):
+                while thread.unfinished or any(peer.starting or call_id in peer.starts for peer in thread.former):
                     await thread.changed()
         except TimeoutError:
             raise Unavailable(
@@ -124,7 +124,7 @@ class Workers(Processes):
         thread = self.threads[peer.thread_id]
         if thread.worker and thread.worker is not peer:
             thread.worker.hang_up()
-        thread.worker = peer
+        thread.worker, peer.starting = peer, bool(starting)
         if thread.expected:
             thread.expected = False
             self.lose_missing()

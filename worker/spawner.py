@@ -30,6 +30,7 @@ import os
 import select
 import signal
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,6 +48,8 @@ from ..common.transcript import Facts, Lease, Transcript, mark_started
 # Bytes of a conduit: a terminal yields 4 KiB at a time, so the kernel's default of 64 KiB would only count
 # against what one user may have in pipes.
 CONDUIT_SIZE = 16 << 10
+# Seconds between two tries to reach a keeper; a new one takes a few tenths of a second.
+_KEEPER_PAUSE = 0.02
 
 
 @dataclass(slots=True)
@@ -184,7 +187,7 @@ class Spawner:
                 raise SpawnError(str(error), "prepare") from None
             early = handles.held()
             # The keeper is spared what may not come to run, unless there is no broker to hold it.
-            kept = not self._deposit(facts, early, strict=True) and self._keep(facts, early)
+            kept = not self._deposit(facts, early, kept=self.keeper.there, strict=True) and self._keep(facts, early)
             command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits, os.getpid())
             if facts.tty:
                 handles.terminal, pid = _fork_on_terminal(command)
@@ -196,21 +199,28 @@ class Spawner:
         handles.pidfd = os.pidfd_open(pid)
         # It runs: from here on nothing may stop us from telling the worker.
         late = {role: fd for role, fd in handles.held().items() if role not in early}
-        stored = self.keeper.store(facts.mark, [*(late if kept else handles.held()).values()])
-        if not self._deposit(facts, late) and stored:
-            self._forward(facts)
+        rest = late if kept else handles.held()
+        stored = self.keeper.store(facts.mark, [*rest.values()])
+        if not self._deposit(facts, late, kept=stored):
+            self._keep(facts, {} if stored else rest)
         return pid
 
-    def _deposit(self, facts: Facts, held: dict[str, int], *, strict: bool = False) -> bool:
+    def _deposit(self, facts: Facts, held: dict[str, int], *, kept: bool, strict: bool = False) -> bool:
         rows, fds = parcel_rows({(facts.thread_id, facts.process_id): held})
-        return self._tell_broker("deposit", fds, strict=strict, processes=rows, kept=self.keeper.there)
+        return self._tell_broker("deposit", fds, strict=strict, processes=rows, kept=kept)
 
     def _keep(self, facts: Facts, held: dict[str, int]) -> bool:
-        return self.keeper.store(facts.mark, [*held.values()]) and self._forward(facts)
+        """Have the keeper keep these, and hand all it keeps of the process to the broker after ours.
 
-    def _forward(self, facts: Facts) -> bool:
-        """Have the keeper hand what it keeps to the broker that comes, or has come, after ours."""
-        return self.keeper.tell({"FORWARD": "1", "FDNAME": notify.name_of(facts.mark)})
+        A keeper that has died has a successor in a moment, and until then nobody but us would know of this start.
+        """
+        forward = {"FORWARD": "1", "FDNAME": notify.name_of(facts.mark)}
+        deadline = time.monotonic() + notify.SEND_DEADLINE
+        while self.keeper.there and time.monotonic() < deadline:
+            if (not held or self.keeper.store(facts.mark, [*held.values()])) and self.keeper.tell(forward):
+                return True
+            time.sleep(_KEEPER_PAUSE)
+        return False
 
     def _tell_broker(self, kind: str, fds: list[int] | None = None, *, strict: bool = False, **fields: Any) -> bool:
         """Send to the broker; `False` when there is none: a dead one is forgotten, the worker finds the next."""
