@@ -6,6 +6,7 @@ Read in this order; a module imports only from those above it, and from `common`
     lifecycle    when a thread's worker is started, replaced, sent to bed, given up.  Decides; does nothing.
     records      what is kept of ended processes, and which of it has to go.  Decides; does nothing.
     wakes        what becomes of a wake, and when a thread's program is run.  Decides; does nothing.
+    ledger       which rows are to be written, and who waits for it.
     outbox       programs and wakes, as they are written.
     database     the journal's file, whatever is wrong with it.
     rulebook     the rules that were added to processes after their start; a part of the journal.

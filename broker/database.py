@@ -54,7 +54,8 @@ from ..common.errors import BadRequest
 from ..common.messages import ProcessRow, outcome_from_wire
 from ..common.paths import check_thread
 from . import outbox, rulebook
-from .outbox import DUE, LAST, PROGRAMS, Statement
+from .ledger import Statement
+from .outbox import DUE, LAST, PROGRAMS
 from .records import Key, Record
 from .rulebook import WATCHES
 

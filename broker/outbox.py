@@ -20,22 +20,25 @@ Always true
     A number is never given out twice once it was written.
 
 Not here
-    What becomes of a wake: `wakes`.  When the file is written, and what is wrong with it: `journal`, `database`.
+    What becomes of a wake: `wakes`.  Who is told of what is written: `ledger`.  When the file is written, and what
+    is wrong with it: `journal`, `database`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import msgpack
 import msgspec
 
 from ..common.program import Program, WakeRow
+from .ledger import Ledger, Statement, Tell
 from .records import rfc3339
 from .wakes import Fate, State
 
@@ -77,9 +80,7 @@ _EXPIRE_EVERY = 1000
 # Wakes that `outlive wakes --all` shows at most.
 SHOWN_MAX = 10_000
 
-Statement = tuple[str, tuple[Any, ...]]
 Read = Callable[[str, tuple[Any, ...]], list[Any]]
-Tell = Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -139,25 +140,20 @@ def _put(wake: Letter) -> Statement:
     return _PUT, (wake.number, *names, *counts, json.dumps(wake.detail), failure)
 
 
-class Outbox:
-    """Programs, and the wakes that are not over.  `write_soon` has `take` called."""
+class Outbox(Ledger[str | int]):
+    """Programs, by thread, and the wakes that are not over, by number."""
 
     def __init__(self, read: Read, write_soon: Callable[[], None], keep_seconds: float) -> None:
+        super().__init__(write_soon)
         self.programs: dict[str, Program] = {}
         self.wakes: dict[int, Letter] = {}
         self._read = read
-        self._write_soon = write_soon
         self._keep_seconds = keep_seconds
         self._keys: dict[tuple[str, str, int, str], Letter] = {}
         self._threads: dict[str, dict[int, Letter]] = {}
         self._last = 0
         self._last_run = 0
         self._expire_at = 0
-        # What is to be written, and what is being written: the name of a row → whom to tell.
-        self._next: dict[str | int, list[Tell]] = {}
-        self._under_way: dict[str | int, list[Tell]] = {}
-        # What could not be written, and is tried again.
-        self._failed: set[str | int] = set()
 
     def load(self, programs: list[Any], wakes: list[Any], last: tuple[int, int]) -> None:
         """Take over what the file says."""
@@ -170,16 +166,6 @@ class Outbox:
                 self._remember(letter_of(columns))
         self._last = max([last[0], *self.wakes])
         self._last_run = max([last[1], *(wake.run for wake in self.wakes.values())])
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something is to be written now."""
-        return bool(self._next)
-
-    @property
-    def failing(self) -> bool:
-        """Whether something could not be written."""
-        return bool(self._failed)
 
     # What is said.
 
@@ -262,20 +248,12 @@ class Outbox:
         if not self._threads[wake.thread_id]:
             del self._threads[wake.thread_id]
 
-    def _put(self, name: str | int, tell: Tell | None = None) -> None:
-        self._failed.discard(name)
-        tells = self._next.setdefault(name, [])
-        if tell:
-            tells.append(tell)
-        self._write_soon()
+    def _names(self) -> Iterable[str | int]:
+        return chain(self.programs, self.wakes)
 
-    # What the journal does with it.
-
-    def take(self) -> list[Statement]:
-        """Return what is to be written now, all in one transaction."""
-        self._under_way, self._next = self._next, {}
+    def _statements(self, names: Iterable[str | int]) -> list[Statement]:
         statements: list[Statement] = []
-        for name in self._under_way:
+        for name in names:
             if isinstance(name, int):
                 if wake := self.wakes.get(name):
                     statements.append(_put(wake))
@@ -289,29 +267,8 @@ class Outbox:
             statements.append((_EXPIRE, (time.time() - self._keep_seconds,)))
         return statements
 
-    def through(self, *, written: bool) -> None:
-        """What was taken is written, or could not be: then it is known to us alone, and is written when it can be.
-
-        Whoever waits is told in either case: a full disk keeps nobody from being woken.
-        """
-        under_way, self._under_way = self._under_way, {}
-        for name in under_way:
+    def _written(self, names: Iterable[str | int]) -> None:
+        for name in names:
             wake = self.wakes.get(name) if isinstance(name, int) else None
-            if not written:
-                self._failed.add(name)
-            elif wake and name not in self._next and (wake.fate.is_over or wake.fate.state is State.READ):
+            if wake and name not in self._next and (wake.fate.is_over or wake.fate.state is State.READ):
                 self._forget(wake)
-        for tells in under_way.values():
-            for tell in tells:
-                tell()
-
-    def again(self) -> None:
-        """Try once more what could not be written."""
-        for name in self._failed:
-            self._next.setdefault(name, [])
-        self._failed.clear()
-
-    def rewrite(self) -> None:
-        """The file is a new one: everything is to be written again."""
-        self._failed.update(self.programs, self.wakes)
-        self.again()

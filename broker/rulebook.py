@@ -8,18 +8,17 @@
                 since               the offset to look from
                 set_at              when, in nanoseconds since boot
 
-Always true
-    Whoever waits is told once what it said is committed, or could not be: then it is known to us alone, and is
-    written when it can be.
+When they are written, and who is told: `ledger`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from .ledger import Ledger, Statement, Tell
 from .records import Key
 
 SCHEMA = """
@@ -32,9 +31,6 @@ CREATE TABLE watches (
 WATCHES = "SELECT thread, process, number, generation, rule, slot, since, set_at FROM watches"
 _PUT = "INSERT OR REPLACE INTO watches VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?)"
 _DELETE = "DELETE FROM watches WHERE thread = ? AND process = ?"
-
-Statement = tuple[str, tuple[Any, ...]]
-Tell = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +45,12 @@ class Line:
     set_at: int
 
 
-class Rulebook:
-    """All rules that were added.  `write_soon` has `take` called."""
+class Rulebook(Ledger[Key]):
+    """All rules that were added, by process."""
 
     def __init__(self, write_soon: Callable[[], None]) -> None:
-        self._write_soon = write_soon
+        super().__init__(write_soon)
         self._lines: dict[Key, list[Line]] = {}
-        # What is to be written, and what is being written: whose rules (`None`: nobody's) → whom to tell.
-        self._next: dict[Key | None, list[Tell]] = {}
-        self._under_way: dict[Key | None, list[Tell]] = {}
-        self._failed: set[Key] = set()
 
     def load(self, rows: list[Any]) -> None:
         """Take over what the file says."""
@@ -77,62 +69,25 @@ class Rulebook:
         return list(self._lines)
 
     def add(self, key: Key, lines: list[Line], tell: Tell) -> None:
-        """Take note of what is added to a process."""
+        """Take note of what is added to a process; `tell` is called once it is written."""
         if lines:
             self._lines.setdefault(key, []).extend(lines)
-            self._failed.discard(key)
-        self._next.setdefault(key if lines else None, []).append(tell)
-        self._write_soon()
+        self._put(key, tell)
 
     def drop(self, key: Key) -> None:
         """A process has gone, and with it its rules."""
         if self._lines.pop(key, None):
-            self._failed.discard(key)
-            self._next.setdefault(key, [])
-            self._write_soon()
+            self._put(key)
 
-    # What the journal does with it.
+    def _names(self) -> Iterable[Key]:
+        return self._lines
 
-    @property
-    def waiting(self) -> bool:
-        """Whether something is to be written now."""
-        return bool(self._next)
-
-    @property
-    def failing(self) -> bool:
-        """Whether something could not be written."""
-        return bool(self._failed)
-
-    def take(self) -> list[Statement]:
-        """Return what is to be written now, all in one transaction."""
-        self._under_way, self._next = self._next, {}
+    def _statements(self, names: Iterable[Key]) -> list[Statement]:
         statements: list[Statement] = []
-        for key in self._under_way:
-            if key is None:
-                continue
+        for key in names:
             statements.append((_DELETE, key))
             for line in self._lines.get(key, ()):
                 rule = line.rule.encode("utf-8", "surrogatepass")
                 numbers = line.slot, line.since, line.set_at
                 statements.append((_PUT, (*key, line.number, line.generation, rule, *numbers)))
         return statements
-
-    def through(self, *, written: bool) -> None:
-        """What was taken is written, or could not be."""
-        under_way, self._under_way = self._under_way, {}
-        if not written:
-            self._failed.update(key for key in under_way if key)
-        for tells in under_way.values():
-            for tell in tells:
-                tell()
-
-    def again(self) -> None:
-        """Try once more what could not be written."""
-        for key in self._failed:
-            self._next.setdefault(key, [])
-        self._failed.clear()
-
-    def rewrite(self) -> None:
-        """The file is a new one: everything is to be written again."""
-        self._failed.update(self._lines)
-        self.again()
