@@ -166,6 +166,19 @@ async def test_the_keepers_death_is_told_once_and_then_nothing_is_said_to_it(
     assert not heard.lost.is_set()
 
 
+async def test_what_is_gone_is_told_to_the_next_keeper_by_a_broker_that_has_lost_its_own(
+    keeping: Keeping, keeper: Keeper, heard: Heard, tmp_path: Path
+) -> None:
+    keeper.close()
+    await heard.lost.wait()
+    keeping.remove("before there is one")
+    with notify.listen(tmp_path / "keeper") as listener:
+        keeping.remove("m" * 32)
+        received = notify.receive(listener)
+    assert received is not None
+    assert received[0] == notify.removed("m" * 32)
+
+
 async def test_a_line_that_was_let_go_is_the_successors_alone(
     keeping: Keeping, keeper: Keeper, heard: Heard
 ) -> None:

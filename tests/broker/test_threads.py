@@ -384,6 +384,20 @@ async def test_a_recycled_pid_is_not_taken_for_the_process(stage: Stage) -> None
     assert stage.entry("1000").handles.pidfd == -1
 
 
+async def test_a_call_waits_for_whatever_a_worker_was_starting_when_it_came_from_a_former_broker(
+    stage: Stage,
+) -> None:
+    peer = await stage.wake()
+    stage.manager.registered(peer, [], ["1000"])
+    stage.die()
+    waiting = asyncio.create_task(stage.manager.started(stage.thread, "perhaps this call"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not waiting.done(), "its spawner lives"
+    stage.close_channel(peer)
+    await waiting
+
+
 async def test_a_worker_that_lives_and_lost_its_channel_loses_no_start(stage: Stage) -> None:
     peer = await stage.wake()
     early = stage.children.early("1000")

@@ -9,12 +9,13 @@ import signal
 import socket
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from outlive.common import kernel, launch
+from outlive.common import kernel, launch, notify
 from outlive.common.errors import SpawnError
 from outlive.common.outcome import Outcome
 from outlive.common.transcript import Gap, Transcript
@@ -320,3 +321,27 @@ async def test_a_child_that_has_not_said_that_it_runs_dies_with_its_spawner(tmp_
     await readable(child)
     os.close(child)
     assert not note.exists()
+
+
+async def test_a_start_that_nobody_would_know_of_waits_for_the_next_keeper(
+    family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = type(family)(tmp_path / "other log")
+    monkeypatch.setenv(notify.ADDRESS, str(tmp_path / "keeper"))
+    waiting = asyncio.create_task(family.run(b"/bin/true"))
+    while not family.nursery.starting:
+        await asyncio.sleep(0)
+    monkeypatch.delenv(notify.ADDRESS)
+    await other.run(b"/bin/true")  # as long as it takes one that does not wait
+    await other.close()
+    there_from = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    with notify.listen(tmp_path / "keeper") as listener:
+        held = await waiting
+        early, forward, late = (notify.receive(listener) for _ in range(3))
+    assert held.transcript.marked_at() > there_from
+    for packet, count in ((early, 2), (forward, 0), (late, 1)):  # transcript and terminal; the pidfd
+        assert packet is not None
+        fields, fds, _ = packet
+        assert (fields["FDNAME"], len(fds)) == (notify.name_of(held.transcript.facts.mark), count)
+        for fd in fds:
+            os.close(fd)
