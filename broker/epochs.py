@@ -22,7 +22,7 @@ from ..common import kernel
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
-    """What a former broker left running: a worker by its `pidfd`, now the caller's, or (-1) only its spawner."""
+    """What a former broker left of an epoch: a worker by its `pidfd`, now the caller's; -1: at most its spawner."""
 
     thread_id: str
     epoch: int
@@ -55,11 +55,14 @@ class Epochs:
         return _is_free(self._path(thread_id, epoch))
 
     def survivors(self) -> Iterator[Survivor]:
-        """Yield what runs of former brokers; the files of the dead go."""
+        """Yield the epochs of former brokers, also those that are over: no number comes again; their files go."""
         for path in sorted(self._folder.iterdir()):
             thread_id, _, epoch = path.name.rpartition(".")
-            if not epoch.isdecimal() or _is_free(path):
+            if not epoch.isdecimal():
                 path.unlink(missing_ok=True)
+                continue
+            if _is_free(path):
+                yield Survivor(thread_id, int(epoch), 0, -1)
                 continue
             pid, pidfd = 0, -1
             with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):

@@ -140,6 +140,10 @@ class Operations:
                 return answer
             peer = await self._threads.worker(thread)
             await self._threads.handed_over(thread)
+            # From here to the call nothing is awaited: while we waited, the worker before this one may have died
+            # with the start under way, and its process may have been collected.
+            if self._threads.may_start(thread, call.call_id) or call.call_id in thread.journal.calls:
+                continue
             entry = thread.entry_of_call(call.call_id)
             if entry and entry.custody.holder is Holder.NOBODY and entry.epoch != peer.epoch:
                 # Its worker died, its spawner may still be at it; starting it again would be a second process.

@@ -76,13 +76,17 @@ class Workers(Processes):
         """
         try:
             async with asyncio.timeout(UNFINISHED_DEADLINE if thread.unfinished else None):
-                while thread.unfinished or any(peer.starting or call_id in peer.starts for peer in thread.former):
+                while self.may_start(thread, call_id):
                     await thread.changed()
         except TimeoutError:
             raise Unavailable(
                 f"thread {thread.thread_id}: a start that its former worker began is not over, and may be "
                 "this one; try again"
             ) from None
+
+    def may_start(self, thread: Thread, call_id: str) -> bool:
+        """Tell whether a spawner whose worker is dead may still be about to start something for this call."""
+        return bool(thread.unfinished) or any(peer.starting or call_id in peer.starts for peer in thread.former)
 
     async def death_proved(self, thread: Thread, peer: Peer) -> None:
         """Wait until a worker that hung up is dead, or has come back with another channel."""

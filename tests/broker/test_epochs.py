@@ -79,7 +79,7 @@ def test_the_files_of_the_dead_go_and_those_of_the_living_stay(epochs: Epochs, t
         dead.kill()
         (tmp_path / "nonsense").touch()
         (tmp_path / "t.x").touch()
-        assert [*found(epochs)] == [("t", 2, worker.pids[0])]
+        assert [*found(epochs)] == [("t", 1, 0), ("t", 2, worker.pids[0])], "no epoch comes again"
         assert [path.name for path in tmp_path.iterdir()] == ["t.2"]
 
 
@@ -110,4 +110,5 @@ def test_whatever_a_note_says_its_epoch_is_over_when_its_lock_is_free(tmp_path: 
         assert (thread_id, epoch) == ("t", 1)
     assert not epochs.is_over("t", 1)
     os.close(fd)
+    assert [*epochs.survivors()] == [Survivor("t", 1, 0, -1)]
     assert [*epochs.survivors()] == []
