@@ -95,6 +95,7 @@ class Broker:
         self._epochs = Epochs(paths.workers)
         self._sequence = 0
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
+        self._topics: set[bytes] = set()
         self._stopping = asyncio.Event()
         self._log_fd = paths.open_log()
         self.deltas_wanted = False
@@ -288,15 +289,15 @@ class Broker:
             "thread": thread_id or None,
             "process_id": process_id,
             "call_id": fields.pop("call_id", None),
-            "at": rfc3339(time.time_ns()),
+            "at": time.time_ns(),
             **fields,
         }
+        topic = b"delta" if event == "delta" else b"event"
         if event != "delta":
             self._recent.append({name: value for name, value in table.items() if name != "output"})
-        with suppress(zmq.ZMQError):
-            self._events.send(
-                [b"delta" if event == "delta" else b"event", msgpack.packb(table, unicode_errors="surrogateescape")]
-            )
+        if self._is_wanted(topic):  # mostly nobody listens, and every process has two events
+            with suppress(zmq.ZMQError):
+                self._events.send([topic, msgpack.packb(_told(table), unicode_errors="surrogateescape")])
 
     def descriptors_left(self) -> int:
         """Return how many descriptors may still be opened before the reserve.
@@ -589,7 +590,7 @@ class Broker:
     async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
         try:
             if isinstance(body, messages.RecentEvents):
-                result: Any = list(self._recent)
+                result: Any = [_told(event) for event in self._recent]
             else:
                 result = await self._operations.carry_out(body, deadline)
             reply = wire.success(number, result)
@@ -625,12 +626,23 @@ class Broker:
 
     # Events.
 
+    def _is_wanted(self, topic: bytes) -> bool:
+        return any(topic.startswith(wanted) for wanted in self._topics)
+
     def _subscription(self, frames: list[bytes]) -> None:
-        """XPUB tells who wants what; deltas are made only while somebody listens."""
+        """XPUB tells who wants what: the first who wants a topic, and when nobody does any more."""
         frame = frames[0]
-        if frame[1:] in (b"delta", b""):
-            self.deltas_wanted = frame[:1] == b"\1"
-            self.threads.want_deltas(self.deltas_wanted)
+        subscribed, topic = frame[:1] == b"\1", frame[1:]
+        if b"event".startswith(topic) or b"delta".startswith(topic):
+            (self._topics.add if subscribed else self._topics.discard)(topic)
+            if self.deltas_wanted != self._is_wanted(b"delta"):
+                self.deltas_wanted = not self.deltas_wanted
+                self.threads.want_deltas(self.deltas_wanted)
         elif frame.startswith(b"\1" + messages.READY_TOPIC):
             with suppress(zmq.ZMQError):
                 self._events.send([frame[1:], b""])
+
+
+def _told(event: dict[str, Any]) -> dict[str, Any]:
+    """Return an event as it is shown: its time is written out only for who looks."""
+    return {**event, "at": rfc3339(event["at"])}

@@ -181,12 +181,10 @@ def pidfd_exit_status(pidfd: int) -> int | None:
 
 def pidfd_pid(pidfd: int) -> int | None:
     """Return the pid that a pidfd stands for, or `None` when that process has been reaped."""
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("Pid:"):
-                pid = int(line[4:])
-                return pid if pid > 0 else None
-    return None
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb", buffering=0) as file:
+        _, _, line = file.read(4096).partition(b"\nPid:")
+    pid = int(line.partition(b"\n")[0] or 0)
+    return pid if pid > 0 else None
 
 
 def is_pidfd(fd: int) -> bool:

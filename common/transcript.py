@@ -50,13 +50,13 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import msgpack
+import msgspec
 
 from . import kernel
-from .errors import BadRequest, HandoffError, PeerError, shown
+from .errors import BadRequest, HandoffError, PeerError
 from .outcome import BYS, KINDS, By, Outcome
 from .paths import check_process, check_thread
 
@@ -84,8 +84,11 @@ _SCANNED_AT, _OUTPUT_AT, _MATCHES_AT = 320, 328, 336
 MATCHES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+# A sound number in a header: anything beyond it could not be the size or the age of something.
+_Sound = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class Limits(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a transcript keeps, in bytes.
 
     The defaults are what agents know from OpenAI Codex, 1 MiB, half of it the head, plus a window for an agent
@@ -93,14 +96,23 @@ class Limits:
     one system call a page.
     """
 
-    head: int = 512 << 10
-    tail: int = 512 << 10
-    unread: int = 256 << 10
-    slack: int = 256 << 10
+    head: _Sound = 512 << 10
+    tail: _Sound = 512 << 10
+    unread: _Sound = 256 << 10
+    slack: _Sound = 256 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(
+    msgspec.Struct,
+    frozen=True,
+    rename={
+        "thread_id": "thread",
+        "process_id": "process",
+        "call_id": "call",
+        "started_at_ns": "started_at",
+        "boot_id": "boot",
+    },
+):
     """The static part of a header: what never changes about a process.
 
     `wake_on`: the texts of the rules it was started with.
@@ -113,9 +125,9 @@ class Facts:
     argv: tuple[bytes, ...]
     cwd: bytes
     tty: bool
-    columns: int
-    rows: int
-    started_at_ns: int
+    columns: _Sound
+    rows: _Sound
+    started_at_ns: _Sound
     boot_id: str
     limits: Limits = Limits()
     wake_on: tuple[str, ...] = ()
@@ -147,61 +159,20 @@ class Facts:
         """Understand the static part of a header; raises `PeerError` naming what is wrong with it."""
         try:
             table = msgpack.unpackb(raw, strict_map_key=True, unicode_errors="surrogateescape")
-            columns, rows = table["size"]
-            facts = cls(
-                table["thread"],
-                table["process"],
-                table["call"],
-                table["mark"],
-                tuple(table["argv"]),
-                table["cwd"],
-                table["tty"],
-                columns,
-                rows,
-                table["started_at"],
-                table["boot"],
-                Limits(*table["limits"]),
-                tuple(table.get("wake_on", ())),
-            )
-        except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
-            raise PeerError(f"transcript header: its static part is damaged ({error!r})") from None
-        facts._check()
-        return facts
-
-    def _check(self) -> None:
-        limits = self.limits
-        for name, wanted in (("thread_id", str), ("process_id", str), ("call_id", str), ("mark", str)):
-            _demand(name, getattr(self, name), wanted)
-        _demand("boot_id", self.boot_id, str)
-        _demand("cwd", self.cwd, bytes)
-        _demand("tty", self.tty, bool)
-        for word in self.argv:
-            _demand("argv", word, bytes)
-        for rule in self.wake_on:
-            _demand("wake_on", rule, str)
-        for name in ("columns", "rows", "started_at_ns"):
-            _demand(name, getattr(self, name), int)
-        for name in ("head", "tail", "unread", "slack"):
-            _demand(name, getattr(limits, name), int)
-        if limits.slack < PAGE:
-            raise PeerError(f"transcript header: slack is {limits.slack}, less than a page")
-        try:
-            check_thread(self.thread_id)
-            check_process(self.process_id)
+            table["columns"], table["rows"] = table["size"]
+            facts = msgspec.convert(table, cls, builtin_types=(bytes,))
+            if facts.limits.slack < PAGE:
+                raise PeerError(f"transcript header: slack is {facts.limits.slack}, less than a page")
+            check_thread(facts.thread_id)
+            check_process(facts.process_id)
         except BadRequest as error:
             raise PeerError(f"transcript header: {error}") from None
+        except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
+            raise PeerError(f"transcript header: its static part is damaged ({error!r})") from None
+        return facts
 
 
-def _demand(name: str, value: Any, wanted: type) -> None:
-    sound = type(value) is wanted  # not isinstance: a bool is no number
-    if isinstance(value, int):
-        sound = sound and 0 <= value < 1 << 62
-    if not sound:
-        raise PeerError(f"transcript header: field {name!r} is {shown(value)}, not a sound {wanted.__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """Who pumps: a process, named by pid and start time, and the epoch of its thread (0: the broker)."""
 
     pid: int
@@ -219,16 +190,14 @@ class Lease:
         return kernel.is_dead(self.pid, self.start_time)
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(msgspec.Struct, frozen=True):
     """Bytes `start` to `end` (exclusive) of the stream that were printed and are not kept."""
 
     start: int
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """Bytes `start` to `end` of the stream that an output rule of the process matched.
 
     In its slot: 4 bytes its rule's number plus one (0: free), 4 bytes of length, 8 bytes `start`.  The rules that a
@@ -240,8 +209,7 @@ class Found:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
+class Live(msgspec.Struct, frozen=True):
     """The live part of a header at one moment."""
 
     pid: int

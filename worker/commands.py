@@ -53,9 +53,10 @@ def command_line(call: ExecCommand) -> list[bytes]:
         argv = [shell, b"-lc" if call.login else b"-c", os.fsencode(call.cmd)]
     if b"\0" in b"".join(argv) + call.workdir:
         raise BadRequest("cmd or workdir: contains a NUL byte, which no program can be given")
-    for name, value in (call.environment | call.overrides).items():
-        if not name or b"=" in name or b"\0" in name + value:
-            raise BadRequest(f"environment: {name!r:.80} is no name a variable can have, or holds a NUL byte")
+    for variables in (call.environment, call.overrides):
+        if b"" in variables or b"=" in b"".join(variables) or b"\0" in b"".join((*variables, *variables.values())):
+            wrong = next(n for n, value in variables.items() if not n or b"=" in n or b"\0" in n + value)
+            raise BadRequest(f"environment: {wrong!r:.80} is no name a variable can have, or holds a NUL byte")
     return argv
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import product
 
 import pytest
+from msgspec.structs import replace
 
 from outlive.broker.custody import MOVES, State
 from outlive.broker.findings import EVENTS, VERDICTS, Leaseholder, Progress, Verdict, identify, progress

@@ -6,9 +6,9 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from outlive.broker.watches import PORT_PAUSE, Armed, Match, Watches
 from outlive.common.errors import LimitReached
