@@ -52,7 +52,7 @@ import msgspec
 
 from ..common.errors import BadRequest
 from ..common.messages import ProcessRow, outcome_from_wire
-from ..common.paths import check_thread
+from ..common.names import check_thread
 from . import outbox, rulebook
 from .ledger import Statement
 from .outbox import DUE, LAST, PROGRAMS

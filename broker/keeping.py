@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..common import notify
+from ..common.names import SocketPath
 from ..common.notify import Fields
-from ..common.paths import SocketPath
 
 
 class Keeping:

@@ -41,8 +41,9 @@ from ..common.config import Config
 from ..common.connection import until_readable
 from ..common.errors import BadRequest, DeadlineExceeded, HandoffError, OutliveError, PeerError
 from ..common.messages import Body, Register, Reply, Request
+from ..common.names import SocketPath
 from ..common.outcome import signal_name
-from ..common.paths import Paths, SocketPath
+from ..common.paths import Paths
 from ..common.pump import PUMPS, Pumps
 from . import findings
 from .delivery import Delivery

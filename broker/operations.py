@@ -45,8 +45,8 @@ from ..common.messages import (
     ThreadRow,
     WriteStdin,
 )
+from ..common.names import check_process
 from ..common.outcome import signal_name
-from ..common.paths import check_process
 from ..common.program import ProcessSummary, WakeRow
 from . import inventory
 from .custody import Holder, State

@@ -30,8 +30,9 @@ from ..common.held import REPEATED_WITHIN, Held
 from ..common.inlet import Inlet
 from ..common.launch import MARK
 from ..common.messages import Body, Collected, Delta, Ended, Forget, Matched, Orphaned
+from ..common.names import check_thread
 from ..common.outcome import Outcome
-from ..common.paths import Paths, check_thread
+from ..common.paths import Paths
 from ..common.pump import Pump, Pumps
 from ..common.rules import Rule, known
 from ..common.transcript import Transcript

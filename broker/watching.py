@@ -18,8 +18,8 @@ from hashlib import blake2b
 from ..common import kernel, messages, rules
 from ..common.errors import LimitReached, OutliveError, UnknownProcess
 from ..common.messages import LookFor, RuleRow, WaitRow, outcome_from_wire
+from ..common.names import check_process
 from ..common.outcome import Outcome
-from ..common.paths import check_process
 from ..common.rules import Exit, Output, Rule, Silence
 from ..common.transcript import Gap
 from .custody import Holder, State

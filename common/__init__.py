@@ -2,7 +2,8 @@
 
 Read in this order; a module imports only from those above it.
     errors       what can go wrong, sorted by what the catcher does next.
-    paths        where runtime, state and configuration live; names that may become file names.
+    names        what may be a name: of a thread, of a process, of a socket.
+    paths        where runtime, state and configuration live.
     kernel       the few Linux calls that Python lacks: the only ctypes and ioctl of the project.
     outcome      how a process ended; never a made-up number.
     descriptors  the descriptors of one process, owned, closed exactly once.
@@ -27,5 +28,6 @@ Read in this order; a module imports only from those above it.
     connection   one connection to the broker: found or started, greeted, asked, lost.
     client       the Python API.
 
-`errors` to `launch` load neither ZeroMQ nor asyncio: the spawner forks, and a fork costs what it weighs.
+What the spawner uses, `errors` to `launch` but for `paths` and `rules`, loads neither ZeroMQ nor asyncio, and
+nothing that makes or checks classes: it forks, and a fork costs what it weighs.  Its records are named tuples.
 """

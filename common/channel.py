@@ -24,16 +24,17 @@ import os
 import select
 import socket
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from . import kernel
 from .descriptors import ROLES, Handles
 from .errors import HandoffError, PeerError, shown
-from .paths import SocketPath
+from .names import SocketPath
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VERSION = 1
 # Bytes of one packet's map.  Larger ones meet EMSGSIZE at the default socket buffer of 208 KiB.
@@ -47,12 +48,14 @@ SEND_DEADLINE = 5.0
 _IN_FLIGHT_PAUSE = 0.002
 
 
-@dataclass(slots=True)
 class Packet:
     """One received packet; whoever takes `fds` out of it owns them."""
 
-    message: dict[str, Any]
-    fds: list[int] = field(default_factory=list)
+    __slots__ = ("fds", "message")
+
+    def __init__(self, message: dict[str, Any], fds: list[int]) -> None:
+        self.message = message
+        self.fds = fds
 
     @property
     def kind(self) -> str:

@@ -70,8 +70,9 @@ from .messages import (
     WriteStdin,
     outcome_from_wire,
 )
+from .names import SocketPath
 from .outcome import Outcome, signal_number
-from .paths import Paths, SocketPath
+from .paths import Paths
 from .program import Program, WakeRow
 from .response import Response
 from .rules import rules_of

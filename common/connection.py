@@ -29,7 +29,8 @@ from . import channel, kernel, launch, wire
 from .channel import Channel
 from .errors import HandoffError, PeerError, Unavailable
 from .messages import Body, NeverMind, Reply
-from .paths import Paths, SocketPath
+from .names import SocketPath
+from .paths import Paths
 from .unit import installed
 
 # Seconds until a broker that is being started has to answer.

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import kernel
 from .errors import PeerError
@@ -73,8 +73,7 @@ def name_of(write_id: str) -> bytes:
     return blake2b(write_id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One record of the ring."""
 
     number: int

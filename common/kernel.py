@@ -221,8 +221,8 @@ def is_reaped(pidfd: int) -> bool:
 
 def _stat_fields(pid: int) -> list[bytes] | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(4096)
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name may hold spaces and brackets; what follows the last bracket starts at field 3.

@@ -113,25 +113,24 @@ def _inheritable() -> Iterator[int]:
 def raise_limits() -> None:
     """Raise our soft limits to the hard ones, and remember what they were, for `original_limits`."""
     before = original_limits()
-    for limit in _RAISED:
-        _, hard = resource.getrlimit(limit)
+    for limit, (_, hard) in before.items():
         resource.setrlimit(limit, (hard, hard))
-    os.environb[LIMITS] = ",".join(str(before[limit]) for limit in _RAISED).encode()
+    os.environb[LIMITS] = ",".join(str(soft) for soft, _ in before.values()).encode()
 
 
-def original_limits() -> dict[int, int]:
-    """Return the soft limits as they were before any process of ours raised them."""
+def original_limits() -> dict[int, tuple[int, int]]:
+    """Return the soft limits as they were before any process of ours raised them, and the hard ones."""
+    limits = {limit: resource.getrlimit(limit) for limit in _RAISED}
     text = os.environb.get(LIMITS, b"").split(b",")
-    if len(text) == len(_RAISED):
-        return {limit: int(value) for limit, value in zip(_RAISED, text, strict=True)}
-    return {limit: resource.getrlimit(limit)[0] for limit in _RAISED}
+    if len(text) != len(limits):
+        return limits
+    return {limit: (int(soft), limits[limit][1]) for limit, soft in zip(limits, text, strict=True)}
 
 
-def restore_limits(limits: dict[int, int]) -> None:
-    """Give the calling process (a child about to run its program) these soft limits."""
-    for limit, soft in limits.items():
-        _, hard = resource.getrlimit(limit)
-        resource.setrlimit(limit, (soft, hard))
+def restore_limits(limits: Mapping[int, tuple[int, int]]) -> None:
+    """Give the calling process (a child about to run its program) these limits."""
+    for limit, pair in limits.items():
+        resource.setrlimit(limit, pair)
 
 
 def descriptor_limit() -> int:

@@ -25,9 +25,12 @@ import socket
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .paths import SocketPath
+from .names import SocketPath
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The environment variable with the path of the keeper's socket (in the keeper: of systemd's).
 ADDRESS = "NOTIFY_SOCKET"
@@ -111,7 +114,7 @@ class Notifier:
 
     def __init__(self) -> None:
         path = os.environ.get(ADDRESS)
-        self._path = SocketPath(Path(path)) if path else None
+        self._path = SocketPath(path) if path else None
         self._socket: socket.socket | None = None
 
     @property

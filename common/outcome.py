@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["exited", "signaled", "lost"]
 # Who ended it, where it was us: the caller's `kill`, the limit on processes, `clean`, `shutdown`, a denied
@@ -20,8 +19,7 @@ KINDS: tuple[Kind, ...] = ("exited", "signaled", "lost")
 BYS: tuple[By, ...] = ("caller", "pruned", "cleaned", "shutdown", "network")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How one process ended.
 
     `code` only with `exited` (0–255), `signal` (a number) only with `signaled`, `reason` always with `lost`.
@@ -66,8 +64,7 @@ class Outcome:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the object that `--json` and messages carry; absent fields are left out."""
-        fields = {name: getattr(self, name) for name in ("kind", "code", "signal", "reason", "by")}
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Where runtime, state and configuration live, and which names may become file names.
+"""Where runtime, state and configuration live.
 
     OUTLIVE_HOME=DIR    DIR/run, DIR/state, DIR/config.toml       several brokers on one machine, tests
     otherwise           $XDG_RUNTIME_DIR/outlive (or /run/user/UID/outlive, or under the state folder),
@@ -10,7 +10,6 @@ Every folder of ours is 0700 and ours, checked each time: what is in it decides 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,13 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadRequest
-
-_THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Ten digits: ids are counted on from 100000 when the random ones run out, one at a time.
-_PROCESS = re.compile(r"[1-9][0-9]{0,9}")
-
-# Bytes in `sockaddr_un.sun_path`, less the final zero.
-_SOCKET_PATH_MAX = 107
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,30 +107,6 @@ class Paths:
             return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
-class SocketPath:
-    """A socket's path of any length: beyond the kernel's 107 bytes it is reached through its folder.
-
-    The text is valid until `close`; ZeroMQ connects only after `connect` has returned.
-    """
-
-    def __init__(self, path: Path) -> None:
-        long = len(os.fsencode(path)) > _SOCKET_PATH_MAX
-        self._folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY) if long else -1
-        self.text = f"/proc/self/fd/{self._folder}/{path.name}" if long else str(path)
-
-    def close(self) -> None:
-        """Let the folder go; closing again does nothing."""
-        folder, self._folder = self._folder, -1
-        if folder >= 0:
-            os.close(folder)
-
-    def __enter__(self) -> str:
-        return self.text
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def private_folder(folder: Path) -> None:
     """Make `folder` (0700); raises `BadRequest` when it is not ours alone and cannot be made so."""
     try:
@@ -154,24 +122,3 @@ def _make_private(folder: Path) -> None:
         raise BadRequest(f"folder {folder} belongs to user {found.st_uid}, not to you ({os.getuid()})")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
-
-
-def check_thread(name: str) -> str:
-    """Return `name` if a thread may be called that; else raise `BadRequest`."""
-    if not _THREAD.fullmatch(name):
-        raise BadRequest(
-            f"thread {_shown(name)}: a name has 1 to 64 characters of A-Z a-z 0-9 . _ - "
-            "and starts with a letter or a digit"
-        )
-    return name
-
-
-def check_process(process_id: str) -> str:
-    """Return `process_id` if it can be one; else raise `BadRequest`."""
-    if not _PROCESS.fullmatch(process_id):
-        raise BadRequest(f"process {_shown(process_id)}: a process id is a number, as `outlive ps` shows it")
-    return process_id
-
-
-def _shown(text: str) -> str:
-    return repr(text) if len(text) <= 80 else f"{text[:60]!r}… ({len(text)} characters)"

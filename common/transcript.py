@@ -50,15 +50,14 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Any, NamedTuple
 
 import msgpack
-import msgspec
 
 from . import kernel
-from .errors import BadRequest, HandoffError, PeerError
+from .errors import BadRequest, HandoffError, PeerError, shown
+from .names import check_process, check_thread
 from .outcome import BYS, KINDS, By, Outcome
-from .paths import check_process, check_thread
 
 MAGIC = b"OUTLIVE\0"
 VERSION = 1
@@ -84,11 +83,7 @@ _SCANNED_AT, _OUTPUT_AT, _MATCHES_AT = 320, 328, 336
 MATCHES = 8
 
 
-# A sound number in a header: anything beyond it could not be the size or the age of something.
-_Sound = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-
-
-class Limits(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Limits(NamedTuple):
     """What a transcript keeps, in bytes.
 
     The defaults are what agents know from OpenAI Codex, 1 MiB, half of it the head, plus a window for an agent
@@ -96,23 +91,13 @@ class Limits(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     one system call a page.
     """
 
-    head: _Sound = 512 << 10
-    tail: _Sound = 512 << 10
-    unread: _Sound = 256 << 10
-    slack: _Sound = 256 << 10
+    head: int = 512 << 10
+    tail: int = 512 << 10
+    unread: int = 256 << 10
+    slack: int = 256 << 10
 
 
-class Facts(
-    msgspec.Struct,
-    frozen=True,
-    rename={
-        "thread_id": "thread",
-        "process_id": "process",
-        "call_id": "call",
-        "started_at_ns": "started_at",
-        "boot_id": "boot",
-    },
-):
+class Facts(NamedTuple):
     """The static part of a header: what never changes about a process.
 
     `wake_on`: the texts of the rules it was started with.
@@ -125,9 +110,9 @@ class Facts(
     argv: tuple[bytes, ...]
     cwd: bytes
     tty: bool
-    columns: _Sound
-    rows: _Sound
-    started_at_ns: _Sound
+    columns: int
+    rows: int
+    started_at_ns: int
     boot_id: str
     limits: Limits = Limits()
     wake_on: tuple[str, ...] = ()
@@ -159,20 +144,60 @@ class Facts(
         """Understand the static part of a header; raises `PeerError` naming what is wrong with it."""
         try:
             table = msgpack.unpackb(raw, strict_map_key=True, unicode_errors="surrogateescape")
-            table["columns"], table["rows"] = table["size"]
-            facts = msgspec.convert(table, cls, builtin_types=(bytes,))
-            if facts.limits.slack < PAGE:
-                raise PeerError(f"transcript header: slack is {facts.limits.slack}, less than a page")
-            check_thread(facts.thread_id)
-            check_process(facts.process_id)
-        except BadRequest as error:
-            raise PeerError(f"transcript header: {error}") from None
+            columns, rows = table["size"]
+            facts = cls(
+                table["thread"],
+                table["process"],
+                table["call"],
+                table["mark"],
+                tuple(table["argv"]),
+                table["cwd"],
+                table["tty"],
+                columns,
+                rows,
+                table["started_at"],
+                table["boot"],
+                Limits(*table["limits"]),
+                tuple(table.get("wake_on", ())),
+            )
         except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError) as error:
             raise PeerError(f"transcript header: its static part is damaged ({error!r})") from None
+        facts._check()
         return facts
 
+    def _check(self) -> None:
+        limits = self.limits
+        for name, wanted in (("thread_id", str), ("process_id", str), ("call_id", str), ("mark", str)):
+            _demand(name, getattr(self, name), wanted)
+        _demand("boot_id", self.boot_id, str)
+        _demand("cwd", self.cwd, bytes)
+        _demand("tty", self.tty, bool)
+        for word in self.argv:
+            _demand("argv", word, bytes)
+        for rule in self.wake_on:
+            _demand("wake_on", rule, str)
+        for name in ("columns", "rows", "started_at_ns"):
+            _demand(name, getattr(self, name), int)
+        for name in ("head", "tail", "unread", "slack"):
+            _demand(name, getattr(limits, name), int)
+        if limits.slack < PAGE:
+            raise PeerError(f"transcript header: slack is {limits.slack}, less than a page")
+        try:
+            check_thread(self.thread_id)
+            check_process(self.process_id)
+        except BadRequest as error:
+            raise PeerError(f"transcript header: {error}") from None
 
-class Lease(msgspec.Struct, frozen=True):
+
+def _demand(name: str, value: Any, wanted: type) -> None:
+    sound = type(value) is wanted  # not isinstance: a bool is no number
+    if isinstance(value, int):
+        sound = sound and 0 <= value < 1 << 62
+    if not sound:
+        raise PeerError(f"transcript header: field {name!r} is {shown(value)}, not a sound {wanted.__name__}")
+
+
+class Lease(NamedTuple):
     """Who pumps: a process, named by pid and start time, and the epoch of its thread (0: the broker)."""
 
     pid: int
@@ -190,14 +215,14 @@ class Lease(msgspec.Struct, frozen=True):
         return kernel.is_dead(self.pid, self.start_time)
 
 
-class Gap(msgspec.Struct, frozen=True):
+class Gap(NamedTuple):
     """Bytes `start` to `end` (exclusive) of the stream that were printed and are not kept."""
 
     start: int
     end: int
 
 
-class Found(msgspec.Struct, frozen=True):
+class Found(NamedTuple):
     """Bytes `start` to `end` of the stream that an output rule of the process matched.
 
     In its slot: 4 bytes its rule's number plus one (0: free), 4 bytes of length, 8 bytes `start`.  The rules that a
@@ -209,7 +234,7 @@ class Found(msgspec.Struct, frozen=True):
     end: int
 
 
-class Live(msgspec.Struct, frozen=True):
+class Live(NamedTuple):
     """The live part of a header at one moment."""
 
     pid: int
@@ -496,8 +521,8 @@ class Transcript:
 def mark_started(fd: int, pid: int) -> None:
     """Record, in the child and before it executes its program, that it runs as `pid`."""
     os.pwrite(fd, _U64.pack(time.clock_gettime_ns(time.CLOCK_BOOTTIME)), _MARKED_AT)
-    os.pwrite(fd, _U32.pack(pid), _PID_AT)
-    os.pwrite(fd, _U32.pack(1), _PID_AT + 4)
+    # One aligned word, which nobody sees by halves.
+    os.pwrite(fd, _STARTED.pack(pid, 1), _PID_AT)
 
 
 def _base_for(static_length: int) -> int:

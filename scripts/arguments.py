@@ -60,7 +60,7 @@ class ThreadName(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name if a thread may be called that."""
         from ..common.errors import BadRequest
-        from ..common.paths import check_thread
+        from ..common.names import check_thread
 
         try:
             return check_thread(str(value))
@@ -86,7 +86,7 @@ class ProcessName(click.ParamType[tuple[str | None, str]]):
     ) -> tuple[str | None, str]:
         """Return the thread, if it was named, and the process id."""
         from ..common.errors import BadRequest
-        from ..common.paths import check_process, check_thread
+        from ..common.names import check_process, check_thread
 
         if isinstance(value, tuple):
             return value

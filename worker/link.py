@@ -27,7 +27,8 @@ from ..common.channel import Channel, Packet, open_parcel, parcel_rows, parcels
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, OutliveError, PeerError
 from ..common.messages import Body, Register, Reply, Request, Welcome
-from ..common.paths import Paths, SocketPath
+from ..common.names import SocketPath
+from ..common.paths import Paths
 
 # Seconds between two attempts to reach a broker while it is likely to be back in a moment (a keeper starts one anew
 # in a fraction of a second, and callers wait), for how long that is, and the longest pause afterwards.

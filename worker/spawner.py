@@ -32,8 +32,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgpack
 import ptyprocess
@@ -52,14 +51,12 @@ CONDUIT_SIZE = 16 << 10
 _KEEPER_PAUSE = 0.02
 
 
-@dataclass(slots=True)
-class _Child:
+class _Child(NamedTuple):
     facts: Facts
     handles: Handles
 
 
-@dataclass(frozen=True, slots=True)
-class _Command:
+class _Command(NamedTuple):
     """What a forked child needs to become the command, all of it made before the fork.
 
     Each page that a child touches between fork and exec is copied for it, so that the same line costs it several
@@ -69,8 +66,8 @@ class _Command:
     facts: Facts
     environment: dict[bytes, bytes]
     transcript: int
-    # Soft limits, as they were before we raised them.
-    limits: dict[int, int]
+    # As they were before we raised them.
+    limits: dict[int, tuple[int, int]]
     # Our own pid.
     spawner: int
 
@@ -331,7 +328,6 @@ def _become(command: _Command) -> None:
         os.chdir(facts.cwd)
     except OSError as error:
         raise RuntimeError(f"directory|{_shown(facts.cwd)}: {error.strerror}") from None
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
         launch.restore_limits(command.limits)
     except (OSError, ValueError) as error:
@@ -387,7 +383,8 @@ def main() -> None:
     # A collection in a freshly forked child would touch, and so copy, pages that it is about to throw away.
     gc.disable()
     gc.freeze()
-    # The terminal's keys and the user's signals are for the children, not for us.
+    # The terminal's keys and the user's signals are for the children, not for us.  The mask is theirs, too.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     deafen(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     Spawner(Channel(socket.socket(fileno=launch.FIRST_FD))).run()
 

@@ -288,10 +288,8 @@ def probe(broker: int | None, tasks: int, config: Config) -> Facts:
         broker, pid = None, os.getpid()
         limits = [resource.getrlimit(which) for which in _LIMITS]
     if broker is None:  # ours may have been raised already, if it is one of ours that has started us
-        limits = [
-            (launch.original_limits().get(which, soft), hard)
-            for which, (soft, hard) in zip(_LIMITS, limits, strict=True)
-        ]
+        original = launch.original_limits()
+        limits = [original.get(which, pair) for which, pair in zip(_LIMITS, limits, strict=True)]
     groups = cgroups(_read(f"/proc/{pid}/cgroup"))
     return Facts(
         whose=f"the broker (pid {broker})" if broker else "this shell",

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common import kernel
-from ...common.paths import Paths, SocketPath
+from ...common.names import SocketPath
+from ...common.paths import Paths
 from .finding import Finding, some
 from .processes import Seen
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
-from msgspec.structs import replace
 
 from outlive.broker.custody import MOVES, State
 from outlive.broker.findings import EVENTS, VERDICTS, Leaseholder, Progress, Verdict, identify, progress
@@ -88,7 +87,7 @@ def test_each_descriptor_is_told_by_looking_at_it_in_whatever_order_they_come(
 
 
 def test_a_process_on_pipes_has_the_read_end_for_its_terminal(child: int, log: list[str]) -> None:
-    facts = replace(facts_of("1000"), tty=False)
+    facts = facts_of("1000")._replace(tty=False)
     handles = whole(facts, child)
     found = identify(copies_of(handles)[::-1], log.append)
     assert_same(found, handles.held())
@@ -127,7 +126,7 @@ def test_without_a_sound_transcript_of_this_boot_all_are_closed_and_none_is_serv
     damaged = kernel.memfd("damaged")
     os.ftruncate(damaged, 8192)
     kernel.seal(damaged)
-    reboot = Transcript.create(replace(facts_of("1000"), boot_id="another"), DEAD)
+    reboot = Transcript.create(facts_of("1000")._replace(boot_id="another"), DEAD)
     rest = [fd for role, fd in process.held().items() if role != "transcript"]
     before = descriptors()
     for first, why in ((None, "no transcript"), (damaged, "transcript"), (reboot, "another boot")):

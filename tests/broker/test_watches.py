@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pytest
-from msgspec.structs import replace
 
 from outlive.broker.watches import PORT_PAUSE, Armed, Match, Watches
 from outlive.common.errors import LimitReached
@@ -57,7 +56,7 @@ class Scene:
 
     def transcript(self, *rules: str) -> Transcript:
         """Return the transcript of a process that starts now."""
-        fd = Transcript.create(replace(facts_of("1000"), wake_on=rules), DEAD)
+        fd = Transcript.create(facts_of("1000")._replace(wake_on=rules), DEAD)
         self._fds.append(fd)
         mark_started(fd, 1)
         os.pwrite(fd, struct.pack("<Q", self.now), 312)

@@ -150,7 +150,7 @@ def test_limits_are_raised_and_given_back_as_they_were() -> None:
             assert now == hard
         assert launch.descriptor_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         launch.raise_limits()  # as a worker does that a broker has started
-        assert launch.original_limits() == soft
+        assert {limit: before for limit, (before, _) in launch.original_limits().items()} == soft
         launch.restore_limits(launch.original_limits())
         assert {limit: resource.getrlimit(limit)[0] for limit in soft} == soft
 

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outlive.common.errors import BadRequest
-from outlive.common.paths import Paths, SocketPath, check_process, check_thread, private_folder
+from outlive.common.names import SocketPath, check_process, check_thread
+from outlive.common.paths import Paths, private_folder
 
 from .conftest import in_a_child
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgpack
-import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -135,7 +134,7 @@ def test_a_match_beyond_the_output_is_refused(children: Children) -> None:
 
 
 def test_wake_rules_are_in_the_static_part_only_where_there_are_some() -> None:
-    facts = msgspec.structs.replace(SPOKEN, wake_on=("exit", "output=x"))
+    facts = SPOKEN._replace(wake_on=("exit", "output=x"))
     raw = facts.to_bytes()
     assert raw == b"\x8c" + STATIC[1:] + b"\xa7wake_on\x92\xa4exit\xa8output=x"
     assert Facts.from_bytes(raw) == facts

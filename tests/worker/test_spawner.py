@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,13 @@ def text(held: Any) -> bytes:
 
 
 both = pytest.mark.parametrize("tty", [True, False], ids=["pty", "pipe"])
+
+
+def test_the_spawner_loads_nothing_that_only_makes_its_forks_dearer() -> None:
+    code = "import sys, outlive.worker.spawner; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    heavy = {"asyncio", "dataclasses", "inspect", "msgspec", "pathlib", "psutil", "urllib", "zmq"}
+    assert not heavy & set(loaded.split())
 
 
 @both
