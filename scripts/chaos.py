@@ -3,13 +3,15 @@
     scripts/chaos worker --kills 2000 --children 4
     scripts/chaos all --kills 2000 --children 4
     scripts/chaos upgrade --times 50
+    scripts/chaos wakes --times 1000
 
 Whoever the kind of run names is killed with SIGKILL at random and at chosen moments: while it starts, takes
 processes back, while commands are started, somebody types, processes change hands, a broker is upgraded; also
 two in a row, at once and at any distance.  Meanwhile in each thread children flood numbered lines (`flood`), short
 commands come and go, and somebody types into a shell that counts; in a thread that sleeps, processes end while no
-broker runs.  In the end every byte, outcome, process id and descriptor is accounted for, and the exit status says
-whether all was right.
+broker runs.  With `wakes`, threads sleep until what they wait for comes true, and their programs count.  In the
+end every byte, outcome, process id, descriptor and wake is accounted for, and the exit status says whether all was
+right.
 
 A check that cannot fail proves nothing.  `--copied` forces the fallback pump, which holds bytes in its hands,
 under a killer of real-time priority on a core of its own; it succeeds when it has *seen* a loss.  Without the
@@ -52,7 +54,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _kills = click.option(
-    "--kills", default=100, show_default=True, help="Stop after so many; children are let finish."
+    "--kills", "times", default=100, show_default=True, help="Stop after so many; children are let finish."
 )
 
 
@@ -104,13 +106,19 @@ def everybody(as_json: bool, **plan: Any) -> None:
 
 
 @main.command()
-@click.option(
-    "--times", "kills", default=10, show_default=True, help="Stop after so many; children are let finish."
-)
+@click.option("--times", default=10, show_default=True, help="Stop after so many; children are let finish.")
 @_options
 def upgrade(as_json: bool, **plan: Any) -> None:
     """Upgrade the broker, over and over."""
     _perform("upgrade", as_json, **plan)
+
+
+@main.command()
+@click.option("--times", default=100, show_default=True, help="Stop after so many wakes.")
+@_options
+def wakes(as_json: bool, **plan: Any) -> None:
+    """Kill workers and brokers around what sleeping threads are woken for."""
+    _perform("wakes", as_json, **plan)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,10 @@ class Mischief:
         return ", ".join(words)
 
 
-def _mischief(broker: int, keeper: int, everything: int, *blows: tuple[Target, Moment, float]) -> Mischief:
-    weights = {"broker": broker, "keeper": keeper, "all": everything}
+def _mischief(
+    broker: int, keeper: int, everything: int, wakes: int, *blows: tuple[Target, Moment, float]
+) -> Mischief:
+    weights = {"broker": broker, "keeper": keeper, "all": everything, "wakes": wakes}
     return Mischief([Blow(*blow) for blow in blows], {kind: weight for kind, weight in weights.items() if weight})
 
 
@@ -86,43 +88,57 @@ _W, _B, _C, _K = Target.WORKER, Target.BROKER, Target.CANDIDATE, Target.KEEPER
 _THEN = Moment.THEN
 # Seconds.  A start of a broker takes about 0.2: a blow may fall before anything of it, and just after it is up.
 _STARTING = 0.3
+# Seconds from what comes true to the end of the run: the program's worker has to come up first.
+_WAKING = 0.6
 
 # fmt: off
 MISCHIEF: Sequence[Mischief] = (
-    #      broker, keeper, all
-    _mischief(4, 0, 2, (_B, Moment.ANY, 0.5)),
-    _mischief(3, 0, 2, (_B, Moment.DEPOSIT, 0.05)),
-    _mischief(2, 0, 2, (_B, Moment.TYPING, 0.02)),
-    _mischief(2, 0, 2, (_B, Moment.DETACH, 0.03)),
-    _mischief(1, 0, 1, (_B, Moment.REATTACH, 0.03)),
-    _mischief(2, 0, 2, (_B, Moment.RESUME, 0.15)),
-    _mischief(2, 0, 2, (_B, Moment.ANY, 0.2), (_B, Moment.STARTING, _STARTING)),
-    _mischief(1, 0, 1, (_B, Moment.ANY, 0.2), (_B, Moment.STARTING, _STARTING), (_B, Moment.STARTING, _STARTING)),
+    #      broker, keeper, all, wakes
+    _mischief(4, 0, 2, 0, (_B, Moment.ANY, 0.5)),
+    _mischief(3, 0, 2, 0, (_B, Moment.DEPOSIT, 0.05)),
+    _mischief(2, 0, 2, 0, (_B, Moment.TYPING, 0.02)),
+    _mischief(2, 0, 2, 0, (_B, Moment.DETACH, 0.03)),
+    _mischief(1, 0, 1, 0, (_B, Moment.REATTACH, 0.03)),
+    _mischief(2, 0, 2, 0, (_B, Moment.RESUME, 0.15)),
+    _mischief(2, 0, 2, 0, (_B, Moment.ANY, 0.2), (_B, Moment.STARTING, _STARTING)),
+    _mischief(1, 0, 1, 0, (_B, Moment.ANY, 0.2), *2 * [(_B, Moment.STARTING, _STARTING)]),
     # In either order, at any distance: a worker may die while no broker runs, and while the next one starts.
-    _mischief(0, 0, 2, (_W, Moment.ANY, 0.2), (_B, _THEN, 0.0)),
-    _mischief(0, 0, 2, (_B, Moment.ANY, 0.2), (_W, _THEN, 0.0)),
-    _mischief(0, 0, 2, (_W, Moment.DEPOSIT, 0.05), (_B, _THEN, 0.0)),
-    _mischief(0, 0, 2, (_B, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.0)),
-    _mischief(0, 0, 2, (_W, Moment.DEPOSIT, 0.05), (_B, _THEN, 0.05)),
-    _mischief(0, 0, 2, (_B, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.5)),
-    _mischief(0, 0, 1, (_W, Moment.DETACH, 0.03), (_B, _THEN, 0.02)),
-    _mischief(0, 0, 1, (_B, Moment.DETACH, 0.03), (_W, _THEN, 0.02)),
-    _mischief(0, 0, 1, (_W, Moment.RESUME, 0.15), (_B, _THEN, 0.05)),
-    _mischief(0, 0, 1, (_B, Moment.RESUME, 0.15), (_W, _THEN, 0.5)),
-    _mischief(0, 0, 1, (_B, Moment.ANY, 0.2), (_B, Moment.STARTING, _STARTING), (_W, _THEN, 0.1)),
+    _mischief(0, 0, 2, 0, (_W, Moment.ANY, 0.2), (_B, _THEN, 0.0)),
+    _mischief(0, 0, 2, 0, (_B, Moment.ANY, 0.2), (_W, _THEN, 0.0)),
+    _mischief(0, 0, 2, 0, (_W, Moment.DEPOSIT, 0.05), (_B, _THEN, 0.0)),
+    _mischief(0, 0, 2, 0, (_B, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.0)),
+    _mischief(0, 0, 2, 0, (_W, Moment.DEPOSIT, 0.05), (_B, _THEN, 0.05)),
+    _mischief(0, 0, 2, 0, (_B, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.5)),
+    _mischief(0, 0, 1, 0, (_W, Moment.DETACH, 0.03), (_B, _THEN, 0.02)),
+    _mischief(0, 0, 1, 0, (_B, Moment.DETACH, 0.03), (_W, _THEN, 0.02)),
+    _mischief(0, 0, 1, 0, (_W, Moment.RESUME, 0.15), (_B, _THEN, 0.05)),
+    _mischief(0, 0, 1, 0, (_B, Moment.RESUME, 0.15), (_W, _THEN, 0.5)),
+    _mischief(0, 0, 1, 0, (_B, Moment.ANY, 0.2), (_B, Moment.STARTING, _STARTING), (_W, _THEN, 0.1)),
     # The keeper, and what takes over after it.
-    _mischief(0, 4, 2, (_K, Moment.ANY, 0.5)),
-    _mischief(0, 2, 1, (_K, Moment.DEPOSIT, 0.05)),
-    _mischief(0, 2, 1, (_K, Moment.DETACH, 0.03)),
-    _mischief(0, 2, 1, (_K, Moment.RESUME, 0.15)),
-    _mischief(0, 1, 1, (_K, Moment.ANY, 0.2), (_W, _THEN, 0.0)),
-    _mischief(0, 1, 1, (_W, Moment.DEPOSIT, 0.05), (_K, _THEN, 0.0)),
-    _mischief(0, 1, 1, (_K, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.5)),
+    _mischief(0, 4, 2, 0, (_K, Moment.ANY, 0.5)),
+    _mischief(0, 2, 1, 0, (_K, Moment.DEPOSIT, 0.05)),
+    _mischief(0, 2, 1, 0, (_K, Moment.DETACH, 0.03)),
+    _mischief(0, 2, 1, 0, (_K, Moment.RESUME, 0.15)),
+    _mischief(0, 1, 1, 0, (_K, Moment.ANY, 0.2), (_W, _THEN, 0.0)),
+    _mischief(0, 1, 1, 0, (_W, Moment.DEPOSIT, 0.05), (_K, _THEN, 0.0)),
+    _mischief(0, 1, 1, 0, (_K, Moment.DEPOSIT, 0.05), (_W, _THEN, 0.5)),
     # An upgrade that goes well, and whoever may die in it.
-    _mischief(0, 0, 1, (_W, Moment.UPGRADE, 0.6)),
-    _mischief(0, 0, 2, (_B, Moment.UPGRADE, 0.6)),
-    _mischief(0, 0, 2, (_C, Moment.UPGRADE, 0.6)),
-    _mischief(0, 0, 2, (_K, Moment.UPGRADE, 0.6)),
+    _mischief(0, 0, 1, 0, (_W, Moment.UPGRADE, 0.6)),
+    _mischief(0, 0, 2, 0, (_B, Moment.UPGRADE, 0.6)),
+    _mischief(0, 0, 2, 0, (_C, Moment.UPGRADE, 0.6)),
+    _mischief(0, 0, 2, 0, (_K, Moment.UPGRADE, 0.6)),
+    # Between what comes true, what is written of it, the run, and its end; and in the run of before.
+    _mischief(0, 0, 0, 4, (_W, Moment.ENDING, 0.02)),
+    _mischief(0, 0, 0, 4, (_W, Moment.ENDING, _WAKING)),
+    _mischief(0, 0, 0, 4, (_B, Moment.ENDING, 0.02)),
+    _mischief(0, 0, 0, 4, (_B, Moment.ENDING, _WAKING)),
+    _mischief(0, 0, 0, 2, (_B, Moment.ANY, 0.2)),
+    _mischief(0, 0, 0, 2, (_W, Moment.ENDING, _WAKING), (_W, _THEN, _WAKING)),
+    _mischief(0, 0, 0, 2, (_B, Moment.ENDING, 0.02), (_B, Moment.STARTING, _STARTING)),
+    _mischief(0, 0, 0, 3, (_W, Moment.ENDING, _WAKING), (_B, _THEN, 0.0)),
+    _mischief(0, 0, 0, 3, (_B, Moment.ENDING, _WAKING), (_W, _THEN, 0.0)),
+    _mischief(0, 0, 0, 2, (_W, Moment.ENDING, 0.02), (_B, _THEN, 0.1)),
+    _mischief(0, 0, 0, 2, (_B, Moment.ENDING, 0.02), (_W, _THEN, 0.5)),
 )
 # fmt: on
 

@@ -21,6 +21,7 @@ from .scene import Scene
 from .tally import Tally
 from .upgrades import Upgrades
 from .victims import Victims
+from .watched import Watchers
 
 # Seconds that everything under way may take once the killing is over.
 WIND_UP = 120.0
@@ -32,12 +33,13 @@ SLEEPY = "sleepy"
 class Plan:
     """What a run is to be.
 
-    `kind`: worker, broker, keeper, all or upgrade.  `kills` (upgrades for that kind) or `seconds` end it, whichever
-    comes first; what runs then is let finish.  `children` that flood at any time, in `threads` awake ones.
+    `kind`: worker, broker, keeper, all, upgrade or wakes.  `times` (upgrades or wakes for these kinds, else kills)
+    or `seconds` end it, whichever comes first; what runs then is let finish.  `children` that flood, or are waited
+    for, at any time, in `threads` awake ones.
     """
 
     kind: str
-    kills: int
+    times: int
     seconds: float
     children: int
     threads: int
@@ -58,19 +60,25 @@ class Run:
     @property
     def done(self) -> int:
         """How much of the plan has been done."""
-        return self.tally.upgrades if self.plan.kind == "upgrade" else self.tally.kills
+        return {"upgrade": self.tally.upgrades, "wakes": self.tally.wakes_expected}.get(
+            self.plan.kind, self.tally.kills
+        )
 
     async def carry_out(self, show: Callable[[int], None]) -> None:
         """Let everything go on, and count what is wrong."""
         plan, scene, tally = self.plan, self.scene, self.tally
         names = [f"t{number}" for number in range(plan.threads)]
         awake = [await scene.host.thread(name) for name in names]
-        asleep = [] if plan.kind == "worker" else [await scene.host.thread(SLEEPY)]
+        asleep = [] if plan.kind in ("worker", "wakes") else [await scene.host.thread(SLEEPY)]
         accounts = Accounts(scene, self.victims, [*awake, *asleep])
         await accounts.open()
         broker = (await scene.host.status())["broker_pid"]
         began = time.monotonic()
-        parts = self._living(awake, asleep) | self._dying(names)
+        watchers = Watchers(scene, awake) if plan.kind == "wakes" else None
+        if watchers:
+            await watchers.begin()
+        parts = self._watched(watchers) if watchers else self._living(awake, asleep)
+        parts |= self._dying(names)
         tasks = {asyncio.create_task(scene.guarded(name, part), name=name) for name, part in parts.items()}
         watch = asyncio.create_task(Stalker.watch(scene.host, self.stalkers))
         try:
@@ -95,6 +103,8 @@ class Run:
         if plan.kind == "worker":
             now = (await scene.host.status())["broker_pid"]
             tally.count("processes_lost", now != broker, f"broker {broker} became {now}")
+        if watchers:
+            await watchers.close()
         await accounts.close()
 
     def _living(
@@ -113,6 +123,13 @@ class Run:
             parts[f"sleepers of {thread.thread_id}"] = children.dozing(thread)
         return parts
 
+    def _watched(self, watchers: Watchers) -> dict[str, Coroutine[Any, Any, None]]:
+        """Return what is waited for, by name."""
+        return {
+            f"watched {slot}": watchers.watching(watchers.threads[slot % len(watchers.threads)], self.plan.times)
+            for slot in range(self.plan.children)
+        }
+
     def _dying(self, names: list[str]) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what dies, by name."""
         plan = self.plan
@@ -121,12 +138,15 @@ class Run:
         if plan.kind in ("worker", "all"):
             self.stalkers = {name: Stalker(self.scene, self.victims, name) for name in names}
             for name, stalker in self.stalkers.items():
-                parts[f"kills in {name}"] = stalker.stalk(plan.kills)
+                parts[f"kills in {name}"] = stalker.stalk(plan.times)
         if plan.kind in ("broker", "keeper", "all"):
             imp = Imp(self.scene, self.victims, plan.kind, [*names, SLEEPY], self.upgrades.attempt)
-            parts["mischief"] = imp.play(plan.kills)
+            parts["mischief"] = imp.play(plan.times)
+        if plan.kind == "wakes":
+            imp = Imp(self.scene, self.victims, plan.kind, names, self.upgrades.attempt)
+            parts["mischief"] = imp.play(sys.maxsize)
         if plan.kind == "upgrade":
-            parts["upgrades"] = self.upgrades.go_on(plan.kills)
+            parts["upgrades"] = self.upgrades.go_on(plan.times)
         return parts
 
 
@@ -135,10 +155,10 @@ async def run(plan: Plan, folder: Path, tally: Tally) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    what = "upgrades" if plan.kind == "upgrade" else "kills"
+    what = {"upgrade": "upgrades", "wakes": "wakes"}.get(plan.kind, "kills")
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task(what, total=plan.kills)
+        bar = progress.add_task(what, total=plan.times)
         try:
             async with outlive.connect() as host:
                 await Run(plan, host, folder, tally).carry_out(lambda done: progress.update(bar, completed=done))

@@ -43,6 +43,7 @@ class Moment(Enum):
     REATTACH = "at a reattach"
     RESUME = "at a resume"
     UPGRADE = "in an upgrade"
+    ENDING = "at an end or a match"
     # Seen by whoever strikes.
     STARTING = "while it starts"
     THEN = "then"

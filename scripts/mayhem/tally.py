@@ -36,6 +36,10 @@ class Tally:
     inputs: int = 0
     inputs_asked_again: int = 0
     handoffs: int = 0
+    wakes_expected: int = 0
+    wakes_delivered_again: int = 0
+    woken_after_ms: float = 0.0
+    runs: int = 0
     answered_after_ms: float = 0.0
     answered_at_latest_ms: float = 0.0
     bytes_expected: int = 0
@@ -48,6 +52,8 @@ class Tally:
     descriptors_leaked: int = 0
     commands_run_twice: int = 0
     inputs_lost_or_repeated: int = 0
+    wakes_lost: int = 0
+    wakes_doubled: int = 0
     calls_failed: int = 0
     left_running: int = 0
     mischief: dict[str, int] = field(default_factory=dict)
@@ -62,12 +68,15 @@ class Tally:
         "descriptors_leaked",
         "commands_run_twice",
         "inputs_lost_or_repeated",
+        "wakes_lost",
+        "wakes_doubled",
         "calls_failed",
         "left_running",
     )
 
     def __post_init__(self) -> None:
         self._answers: list[float] = []
+        self._wakes: list[float] = []
 
     @property
     def clean(self) -> bool:
@@ -86,6 +95,11 @@ class Tally:
         self._answers.append(seconds * 1000)
         self.answered_after_ms = round(statistics.median(self._answers), 1)
         self.answered_at_latest_ms = round(max(self._answers), 1)
+
+    def woken(self, seconds: float) -> None:
+        """Take note of how long after what it waits for a thread's program had done its work."""
+        self._wakes.append(seconds * 1000)
+        self.woken_after_ms = round(statistics.median(self._wakes), 1)
 
     def check_output(self, who: str, expected: int, written: int) -> None:
         """Compare how much a child printed with how much it should have."""

@@ -53,6 +53,15 @@ async def test_upgrades_cost_nothing() -> None:
     assert toll["bytes_compared"] > 0
 
 
+@pytest.mark.timeout(180)
+async def test_no_wake_is_lost_and_none_comes_twice() -> None:
+    status, toll = await chaos("wakes", "--times", "30", "--children", "6")
+    assert toll["evidence"] == []
+    assert status == 0
+    assert toll["wakes_expected"] >= 30
+    assert toll["kills"] > 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 async def test_the_check_sees_what_the_copying_pump_loses() -> None:
