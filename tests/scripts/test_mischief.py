@@ -36,7 +36,14 @@ def test_each_piece_has_a_name_of_its_own() -> None:
 def test_everybody_dies_at_every_moment_in_a_run_of_all() -> None:
     blows = [blow for piece in MISCHIEF if piece.weights.get("all") for blow in piece.blows]
     assert {blow.target for blow in blows} == {*Target}
-    assert {blow.moment for blow in blows} == {*Moment}
+    assert {blow.moment for blow in blows} == {*Moment} - {Moment.ENDING}  # in it nobody waits for one
+
+
+def test_worker_and_broker_die_around_what_is_waited_for() -> None:
+    pieces = [piece for piece in MISCHIEF if piece.weights.get("wakes")]
+    firsts = {piece.blows[0].target for piece in pieces if piece.blows[0].moment is Moment.ENDING}
+    assert firsts == {Target.WORKER, Target.BROKER}
+    assert any(len(targets(piece)) == 2 for piece in pieces)
 
 
 def test_worker_and_broker_die_in_either_order_at_once_and_apart() -> None:
