@@ -6,7 +6,10 @@
     roundtrip   input typed until its echo is seen.
     handoff     detach and reattach of 1, 64 and 500 processes of one thread.
     crash       kill -9 of a worker until its successor answers.
+    broker      kill -9 of the broker until a call is answered; an upgrade, as a caller feels it.
+    wake        a process's end until the program of its sleeping thread runs.
     memory      broker and worker, per idle process, its transcript included.
+    sleepers    threads that sleep: memory, and wake-ups of broker and keeper.
     wakeups     of an idle broker and worker.
     help        `outlive --help`.
 
@@ -16,7 +19,8 @@ Always true
     A number is what was measured: what cannot be measured here is skipped, with the reason.
 
 Not here
-    What is measured: `flooded` (drain, control), `latency` (exec to crash, help), `footprint` (memory, wakeups).
+    What is measured: `flooded` (drain, control), `latency` (exec to wake, help), `footprint` (memory, sleepers,
+    wakeups).
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ MEASUREMENTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "handoff": latency.handoff,
     "crash": latency.crash,
     "broker": latency.broker_crash,
+    "wake": latency.wake,
     "memory": footprint.memory,
+    "sleepers": footprint.sleepers,
     "wakeups": footprint.wakeups,
     "help": latency.help_text,
 }

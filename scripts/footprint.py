@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
-from ..common.client import connect
+from ..common.client import Host, connect
 from ..common.launch import ROLE
 from .measurement import SLEEPER, Bench, Row, start_all
 
 # Seconds of silence before wake-ups are counted: the last call's echoes are work, not timers.
 SETTLE = 2.0
+# Threads that start something at the same time: each is a worker for that moment.
+STARTS_AT_ONCE = 8
 
 
 async def memory(bench: Bench) -> list[Row]:
@@ -70,6 +73,54 @@ def transcripts_kib(pid: int) -> float:
                 found = os.stat(path)
                 pages[found.st_dev, found.st_ino] = found.st_blocks / 2
     return sum(pages.values())
+
+
+async def sleepers(bench: Bench) -> list[Row]:
+    """Threads that sleep until their one process ends: memory for each, and wake-ups of the processor."""
+    return await sleeping(20 if bench.quick else 200, 3 if bench.quick else 10)
+
+
+async def sleeping(count: int, seconds: float) -> list[Row]:
+    """Measure `count` sleeping threads, for so many seconds."""
+    async with connect() as host:
+        await _to_bed(host, "first")
+        broker, keeper = itemgetter("broker_pid", "keeper_pid")(await host.status())
+        before, shared_before = own_kib(broker), transcripts_kib(broker)
+        for first in range(0, count, STARTS_AT_ONCE):
+            names = range(first, min(count, first + STARTS_AT_ONCE))
+            await asyncio.gather(*(_to_bed(host, f"sleeper-{number}") for number in names))
+        each = (own_kib(broker) - before + transcripts_kib(broker) - shared_before) / count
+        await asyncio.sleep(SETTLE)
+        woken = {pid: switches(pid) for pid in (broker, keeper)}
+        await asyncio.sleep(seconds)
+        wakes = sum(switches(pid) - before for pid, before in woken.items())
+    note = f"{count} threads, each with a program and one idle process that it waits for"
+    return [
+        Row(
+            name="broker per sleeping thread",
+            value=each,
+            unit="KiB",
+            target="≤ 60 KiB",
+            holds=each <= 60,
+            note=note,
+        ),
+        Row(
+            name="wake-ups of broker and keeper while they sleep",
+            value=wakes,
+            unit=f"in {seconds} s",
+            target="0",
+            holds=wakes == 0,
+            note=note,
+        ),
+    ]
+
+
+async def _to_bed(host: Host, name: str) -> None:
+    """Have a thread start a process and sleep until it ends."""
+    thread = await host.thread(name)
+    await thread.start(["/bin/true"])
+    await thread.exec_command(SLEEPER, wake_on=["exit"], yield_time_ms=250)
+    await thread.detach()
 
 
 async def wakeups(bench: Bench) -> list[Row]:

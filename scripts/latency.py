@@ -309,6 +309,74 @@ async def _worker_up(events: AsyncIterator[dict[str, Any]], epoch: int) -> float
     return time.perf_counter()
 
 
+# Waits at a gate, says when it ended, ends.
+ENDS = """
+import os, sys, time
+open(sys.argv[1]).readline()
+open(sys.argv[2], "w").write(str(time.monotonic_ns()))
+os._exit(3)
+"""
+# A program whose first line says when it was run.
+WOKEN = """
+import time
+
+async def main(session, wake):
+    now = time.monotonic_ns()
+    with open(wake.reason, "a") as file:
+        print(now, *(match.process_id for match in wake.matches), file=file, flush=True)
+"""
+
+
+async def wake(bench: Bench) -> list[Row]:
+    """A process's end to the first line of its thread's program, which is asleep."""
+    times: list[float] = []
+    bare: list[float] = []
+    gate, ended, woken = bench.folder / "gate", bench.folder / "ended", bench.folder / "wake"
+    os.mkfifo(gate)
+    (bench.folder / "woken.py").write_text(WOKEN)
+    argv = [sys.executable, "-I", "-S", "-c", ENDS, str(gate), str(ended)]
+    async with connect() as host:
+        thread = await host.thread("wake")
+        await thread.start("woken.py:main", workdir=bench.folder)
+        with gate.open("r+b", buffering=0) as opened:
+            for _ in bench.repeat(15, 4):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-c", ""], check=True)  # noqa: ASYNC221 - nothing else runs
+                bare.append((time.perf_counter() - start) * 1e3)
+                process = await thread.exec_command(argv, wake_on=["exit"], yield_time_ms=250)
+                await thread.detach()
+                opened.write(b"go\n")
+                while not (line := _line_about(woken, process.process_id)):
+                    await asyncio.sleep(0.02)
+                times.append((int(line[0]) - int(ended.read_text())) / 1e6)
+                await _asleep(thread)
+    base = statistics.median(bare)
+    return [
+        row(
+            "end of a process to its program's first line",
+            times,
+            "ms",
+            baseline=base,
+            ratio=base / statistics.median(times),
+            target="< 400 ms",
+            holds=lambda value: value < 400,
+            note="no worker was up; the baseline is a Python that does nothing",
+        )
+    ]
+
+
+def _line_about(file: Path, process_id: str) -> list[str]:
+    """Return the words of the whole line that names a process, or none."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return next((words for line in lines if process_id in (words := line.split()) and line.endswith("\n")), [])
+
+
+async def _asleep(thread: Thread) -> None:
+    """Wait until a thread has gone to bed."""
+    while any(row.worker_pid for row in await thread.host.threads() if row.thread == thread.thread_id):
+        await asyncio.sleep(0.01)
+
+
 async def help_text(bench: Bench) -> list[Row]:
     """`outlive --help`: the best of ten, against an empty Python."""
     if importlib.util.find_spec("outlive.scripts.cli") is None:
