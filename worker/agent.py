@@ -3,7 +3,8 @@
 It is the `Thread` of the Python API, connected to the worker's own broker, so that a program and a client can do
 the same.  A call goes by way of the broker, though the process is held here: the broker knows the calls of workers
 before this one, also those whose processes have ended and were collected.  So a program that is run again, since
-its worker died in the middle, is given what it had started by then, and starts nothing twice.
+its worker died in the middle, is given what it had started by then and what it had been answered: it starts nothing
+twice, and types nothing twice.
 """
 
 from __future__ import annotations
@@ -62,6 +63,30 @@ class Session(Thread):
             env=env,
             call_id=call_id or self._name(cmd, workdir),
             wake_on=wake_on,
+        )
+
+    async def write_stdin(
+        self,
+        process_id: str,
+        chars: str | bytes = "",
+        *,
+        yield_time_ms: int = 250,
+        max_output_tokens: int = 10_000,
+        resume: bool = True,
+        write_id: str | None = None,
+    ) -> Response:
+        """Type, or poll, as `Thread.write_stdin` does; without a `write_id` it counts once in this run.
+
+        When the program is run again, the same call (the first, second, … of these `chars` to this process) types
+        nothing more, and is answered with the output since the first time.
+        """
+        return await super().write_stdin(
+            process_id,
+            chars,
+            yield_time_ms=yield_time_ms,
+            max_output_tokens=max_output_tokens,
+            resume=resume,
+            write_id=write_id or self._name(["write", process_id, chars], None),
         )
 
     async def watch(self, process_id: str, *rules: object, watch_id: str | None = None) -> list[RuleRow]:

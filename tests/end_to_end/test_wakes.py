@@ -237,6 +237,38 @@ async def test_a_program_that_runs_again_since_its_worker_died_finds_what_it_had
     assert len(agent.lines("ran")) == 1
 
 
+TYPIST = """
+import asyncio, os
+
+async def main(session, wake):
+    cat = await session.exec_command("stty -echo; echo ready; exec cat", tty=True, yield_time_ms=1000)
+    answers = [await session.write_stdin(cat.process_id, "again\\n") for _ in range(2)]
+    with open("answers", "a") as file:
+        file.write(repr([answer.output for answer in answers]) + "\\n")
+    while os.path.exists("hold"):
+        await asyncio.sleep(0.01)
+    print(await session.write_stdin(cat.process_id, "\\x04"))
+"""
+
+
+async def test_a_program_that_runs_again_since_its_worker_died_types_nothing_twice(agent: Agent) -> None:
+    (agent.folder / "typist.py").write_text(TYPIST)
+    (agent.folder / "hold").touch()
+    await agent.thread.start("typist.py:main", workdir=agent.folder)
+    await eventually(lambda: len(agent.lines("answers")) == 1)
+    (cat,) = await agent.thread.processes()
+    (worker,) = agent.home.pids("worker")
+    os.kill(worker, signal.SIGKILL)
+    await eventually(lambda: len(agent.lines("answers")) == 2)
+    typed = await agent.thread.output(cat.process_id)
+    (agent.folder / "hold").unlink()
+    await agent.asleep()
+    assert typed.split() == [b"ready", b"again", b"again"]
+    first, second = agent.lines("answers")
+    assert first.count("again") == 2
+    assert second.count("again") >= 2
+
+
 async def test_fifty_ends_at_once_are_a_few_runs_and_none_is_lost(agent: Agent, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     line = 'until [ -e "$0" ]; do sleep 0.05; done'
