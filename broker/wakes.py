@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-# Seconds before a program that failed is run again: the first pause, doubling up to the longest.
+# Seconds before a program that failed, or whose worker died, is run again: the first pause, doubling up to the
+# longest.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 30.0
 # Failures of a program with one wake after which that is a dead letter, until a person looks at it.
@@ -171,7 +172,7 @@ class Phase(Enum):
     RESTING = auto()  # nothing is due
     WAKING = auto()  # a worker is wanted
     RUNNING = auto()  # the program runs, or is about to
-    PAUSING = auto()  # it failed, or there was no worker to run it
+    PAUSING = auto()  # it failed, its worker died, or none came up to run it
 
 
 class Happening(Enum):
@@ -261,7 +262,8 @@ COURSES: Mapping[Phase, Mapping[Happening, tuple[Move, Move]]] = {
         # What came meanwhile is next, at once: a busy thread starves nobody.
         Happening.RETURNED: (_RUN, _TO_BED),
         Happening.FAILED: (_PAUSE, _TO_BED),
-        Happening.WORKER_DIED: (_WAKE, _TO_BED),
+        # Something may kill it each time, such as what it takes of memory.
+        Happening.WORKER_DIED: (_PAUSE, _TO_BED),
     },
     Phase.PAUSING: {
         Happening.STARTED: (_WAKE, _REST),
@@ -306,7 +308,7 @@ def step(course: Course, happening: Happening, *, due: bool) -> tuple[Course, tu
     """
     move = COURSES[course.phase][happening][0 if due else 1]
     troubles = course.troubles
-    if happening in (Happening.FAILED, Happening.UNREACHABLE):
+    if happening in (Happening.FAILED, Happening.UNREACHABLE, Happening.WORKER_DIED):
         troubles += 1
     elif happening in (Happening.RETURNED, Happening.STARTED, Happening.STOPPED, Happening.RETRIED):
         troubles = 0

@@ -117,10 +117,11 @@ def test_a_thread_goes_to_bed_when_its_program_returned_and_nothing_is_due() -> 
     assert step(running, Happening.RETURNED, due=False) == (Course(Phase.RESTING), (Effect.SLEEP,))
 
 
-def test_pauses_start_at_a_tenth_of_a_second_double_and_end_at_thirty_seconds() -> None:
+@pytest.mark.parametrize("trouble", [Happening.FAILED, Happening.WORKER_DIED])
+def test_pauses_start_at_a_tenth_of_a_second_double_and_end_at_thirty_seconds(trouble: Happening) -> None:
     found, pauses = course(*RUNNING)[0], []
     for _ in range(11):
-        found, effects = step(found, Happening.FAILED, due=True)
+        found, effects = step(found, trouble, due=True)
         assert effects == (Effect.PAUSE,)
         pauses.append(found.pause)
         for happening in (Happening.PAUSE_OVER, Happening.WORKER_UP):
@@ -132,10 +133,6 @@ def test_pauses_start_at_a_tenth_of_a_second_double_and_end_at_thirty_seconds() 
 def test_one_return_forgives_the_failures_before() -> None:
     found, _ = course(*RUNNING, Happening.FAILED, Happening.PAUSE_OVER, Happening.WORKER_UP, Happening.RETURNED)
     assert found.troubles == 0
-
-
-def test_a_worker_that_was_killed_is_followed_by_another_without_a_pause() -> None:
-    assert course(*RUNNING, Happening.WORKER_DIED) == (Course(Phase.WAKING), [Effect.WANT_WORKER])
 
 
 def test_a_thread_whose_worker_does_not_come_up_is_tried_again_for_ever() -> None:
