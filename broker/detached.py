@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from ..common import tree
 from ..common.descriptors import Handles
 from ..common.held import Held
 from ..common.messages import AddedRule
 from ..common.pump import Pump, Pumps
 from ..common.transcript import Lease
+from ..common.tree import Feller
 
 Key = tuple[str, str]
 # Epoch 0 in a lease stands for the broker.
@@ -28,10 +28,12 @@ class DetachedStore:
         self,
         pumps: Pumps,
         pump: type[Pump],
+        feller: Feller,
         *,
         on_ended: Callable[[Held], None],
         on_found: Callable[[Held], None] = lambda held: None,
     ) -> None:
+        self._feller = feller
         self._pumps = pumps
         self._pump = pump
         self._on_ended = on_ended
@@ -85,8 +87,7 @@ class DetachedStore:
         task.add_done_callback(self._ends.discard)
 
     async def _see_off(self, held: Held) -> None:
-        start = tree.root(held.transcript.facts.mark, held.handles.pidfd)
-        await asyncio.to_thread(tree.end, start)
+        await self._feller.fell(held.transcript.facts.mark, held.handles)
         held.close()
 
     def close(self) -> None:

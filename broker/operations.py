@@ -370,14 +370,14 @@ class Operations:
                 ) from None
             return 1
         start = tree.root(transcript.facts.mark, entry.handles.pidfd)
-        return await asyncio.to_thread(tree.send, start, call.signal)
+        (reached,) = await asyncio.to_thread(tree.send, call.signal, start)
+        return reached
 
     async def _escalate(self, entry: Entry, after_s: float) -> None:
         if await self._ended_within(entry, after_s) or entry.transcript is None:
             return
         entry.transcript.record_by("caller")
-        start = tree.root(entry.transcript.facts.mark, entry.handles.pidfd)
-        await asyncio.to_thread(tree.end, start)
+        await self._threads.feller.fell(entry.transcript.facts.mark, entry.handles)
         await self._ended_within(entry, _KILLED_WITHIN)
 
     async def _ended_within(self, entry: Entry, seconds: float) -> bool:

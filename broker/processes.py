@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from ..common import ending, kernel, tree
+from ..common import ending, kernel
 from ..common.config import Config
 from ..common.descriptors import Handles
 from ..common.errors import HandoffError, LimitReached, OutliveError, PeerError, Unavailable, UnknownThread
@@ -36,6 +36,7 @@ from ..common.paths import Paths
 from ..common.pump import Pump, Pumps
 from ..common.rules import Rule, known
 from ..common.transcript import Transcript
+from ..common.tree import Feller
 from . import custody, findings
 from .alarm import Alarm, listening
 from .custody import Effect, Event, Holder, State
@@ -113,8 +114,9 @@ class Processes(ABC):
         self._world = world
         self._paths = paths
         self._config = config
+        self.feller = Feller()
         self.store = DetachedStore(
-            pumps, pump, on_ended=self._held_ended, on_found=lambda held: self.watches.look(held.key)
+            pumps, pump, self.feller, on_ended=self._held_ended, on_found=lambda held: self.watches.look(held.key)
         )
         self.threads: dict[str, Thread] = {}
         # How many descriptors of processes are held.
@@ -519,12 +521,7 @@ class Processes(ABC):
 
     def _end_tree(self, entry: Entry) -> None:
         assert entry.transcript is not None
-        start = tree.root(entry.transcript.facts.mark, entry.handles.pidfd)
-
-        async def end() -> None:
-            await asyncio.to_thread(tree.end, start)
-
-        entry.ending = self.spawn(end())
+        entry.ending = self.spawn(self.feller.fell(entry.transcript.facts.mark, entry.handles))
 
     def _held_ended(self, held: Held) -> None:
         entry = self.threads[held.key[0]].entries.get(held.process_id)

@@ -9,19 +9,21 @@ Always true
     with all its descendants even when an agent's own command has started it.
     A signal goes through a pidfd that was opened and then checked again, never to a pid that may be recycled.
 
-These functions read all of /proc, which takes milliseconds: call them in a thread.
+A search reads all of /proc, which takes milliseconds, and a good part of a second when there are thousands of
+processes: do it in a thread, and end many trees by one `Feller`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import kernel
+from .descriptors import Handles
 from .launch import MARK, ROLE
 
 if TYPE_CHECKING:
@@ -47,44 +49,88 @@ def root(mark: str, pidfd: int) -> Root:
     return Root(mark, kernel.pidfd_pid(pidfd) if alive else None)
 
 
-def members(start: Root) -> list[psutil.Process]:
-    """Return every living process of the tree, in no special order."""
+def members(*starts: Root) -> list[list[psutil.Process]]:
+    """Return for each of the trees every living process, in no special order."""
     import psutil  # late: a worker that only starts and reads should be up sooner
 
-    found: dict[int, psutil.Process] = {}
-    children: dict[int, list[psutil.Process]] = {}
+    marks = {MARK + b"=" + start.mark.encode(): tree for tree, start in enumerate(starts)}
+    leaders = {start.leader: tree for tree, start in enumerate(starts) if start.leader}
+    found: dict[int, int] = {}
+    processes: dict[int, psutil.Process] = {}
+    children: dict[int, list[int]] = {}
     ours: set[int] = set()
-    wanted = MARK + b"=" + start.mark.encode()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            children.setdefault(process.ppid(), []).append(process)
+            processes[process.pid] = process
+            children.setdefault(process.ppid(), []).append(process.pid)
             variables = _environment(process.pid)
             if any(variable.startswith(ROLE + b"=") for variable in variables):
                 ours.add(process.pid)
-            elif wanted in variables or (start.leader and os.getsid(process.pid) == start.leader):
-                found[process.pid] = process
+                continue
+            tree = next((marks[one] for one in variables if one in marks), None)
+            if tree is None and leaders:
+                tree = leaders.get(os.getsid(process.pid))
+            if tree is not None:
+                found[process.pid] = tree
     queue = list(found)
     while queue:
-        for child in children.get(queue.pop(), ()):
-            if child.pid not in found and child.pid not in ours:
-                found[child.pid] = child
-                queue.append(child.pid)
-    return list(found.values())
+        parent = queue.pop()
+        for pid in children.get(parent, ()):
+            if pid not in found and pid not in ours:
+                found[pid] = found[parent]
+                queue.append(pid)
+    trees: list[list[psutil.Process]] = [[] for _ in starts]
+    for pid, tree in found.items():
+        trees[tree].append(processes[pid])
+    return trees
 
 
-def send(start: Root, number: int) -> int:
-    """Send a signal to every process of the tree; return to how many."""
-    return sum(_signal(process, number) for process in members(start))
+def send(number: int, *starts: Root) -> list[int]:
+    """Send a signal to every process of these trees; return to how many of each."""
+    return [sum(_signal(process, number) for process in found) for found in members(*starts)]
 
 
-def end(start: Root) -> None:
-    """Kill the tree, looking again until nothing new appears: a process may fork while it is being killed."""
-    for _ in range(_LOOKS):
-        if not send(start, signal.SIGKILL):
-            return
-        time.sleep(_LOOK)
+class Feller:
+    """Kills trees, all that it is asked to by one search after the other.
+
+    It looks again until nothing of a tree appears: a process may fork while it is being killed.
+    """
+
+    def __init__(self) -> None:
+        # The mark, who has the pidfd, the looks that are left, and who waits.
+        self._trees: list[tuple[str, Handles, int, asyncio.Future[None]]] = []
+        self._work: asyncio.Task[None] | None = None
+
+    async def fell(self, mark: str, handles: Handles) -> None:
+        """Kill a tree; returns when nothing of it is left, but for what is in uninterruptible sleep."""
+        felled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._trees.append((mark, handles, _LOOKS, felled))
+        if self._work is None:
+            self._work = asyncio.create_task(self._go_on())
+        await felled
+
+    async def _go_on(self) -> None:
+        while self._trees:
+            trees, self._trees = self._trees, []
+            # Now, not when it was asked for: the leader may have been reaped since.
+            roots = [root(mark, handles.pidfd) for mark, handles, *_ in trees]
+            try:
+                left = await asyncio.to_thread(send, signal.SIGKILL, *roots)
+            except Exception as error:  # whoever waits is to know, and the next search is to be made
+                for *_, felled in trees:
+                    if not felled.done():
+                        felled.set_exception(error)
+                continue
+            for (mark, handles, looks, felled), alive in zip(trees, left, strict=True):
+                if alive and looks:
+                    self._trees.append((mark, handles, looks - 1, felled))
+                elif not felled.done():
+                    felled.set_result(None)
+            if any(left):
+                await asyncio.sleep(_LOOK)
+        self._work = None
 
 
 def _environment(pid: int) -> list[bytes]:

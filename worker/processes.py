@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common import kernel, launch, rules, tree
+from ..common import kernel, launch, rules
 from ..common.config import Config
 from ..common.descriptors import ROLES, Handles
 from ..common.errors import (
@@ -46,6 +46,7 @@ from ..common.outcome import By
 from ..common.pump import Pump, Pumps
 from ..common.response import Response
 from ..common.transcript import Facts, Lease
+from ..common.tree import Feller
 from . import pruning
 from .commands import command_line, environment_of
 from .nursery import Nursery, Order
@@ -99,6 +100,7 @@ class ProcessManager:
         self._talking: Counter[str] = Counter()
         self._answered: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._feller = Feller()
         self._deltas = False
 
     @property
@@ -483,8 +485,7 @@ class ProcessManager:
 
     async def _see_off(self, managed: Managed) -> None:
         held = managed.held
-        start = tree.root(held.transcript.facts.mark, held.handles.pidfd)
-        await asyncio.to_thread(tree.end, start)
+        await self._feller.fell(held.transcript.facts.mark, held.handles)
         while not await held.until_ended():
             await asyncio.sleep(0.01)
         while self._talking[held.process_id]:

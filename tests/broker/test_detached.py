@@ -18,6 +18,7 @@ from outlive.common.inlet import Inlet
 from outlive.common.outcome import Outcome
 from outlive.common.pump import Pump, Pumps
 from outlive.common.transcript import Gap, Lease, Transcript
+from outlive.common.tree import Feller
 
 
 class Store(DetachedStore):
@@ -25,7 +26,7 @@ class Store(DetachedStore):
 
     def __init__(self, pumps: Pumps) -> None:
         self.ended: list[Held] = []
-        super().__init__(pumps, Pump, on_ended=self.ended.append)
+        super().__init__(pumps, Pump, Feller(), on_ended=self.ended.append)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import signal
@@ -36,7 +37,16 @@ def mark() -> Iterator[str]:
     """A mark, of which nothing is left afterwards."""
     mark = secrets.token_hex(16)
     yield mark
-    tree.end(tree.Root(mark, None))
+    fell(mark, Handles())
+
+
+def fell(mark: str, handles: Handles) -> None:
+    """Kill one tree."""
+
+    async def act() -> None:
+        await tree.Feller().fell(mark, handles)
+
+    asyncio.run(act())
 
 
 def pid_in(path: Path) -> int:
@@ -44,7 +54,8 @@ def pid_in(path: Path) -> int:
 
 
 def pids(root: tree.Root) -> set[int]:
-    return {process.pid for process in tree.members(root)}
+    (found,) = tree.members(root)
+    return {process.pid for process in found}
 
 
 def pid_of(handles: Handles) -> int:
@@ -60,7 +71,7 @@ def test_a_daemon_of_its_own_session_is_found_by_its_mark_after_all_parents_are_
     daemon = pid_in(tmp_path / "pid")
     await_end(handles.pidfd)
     assert pids(tree.root(mark, handles.pidfd)) == {daemon}
-    tree.end(tree.root(mark, handles.pidfd))
+    fell(mark, handles)
     eventually(lambda: not psutil.pid_exists(daemon) or psutil.Process(daemon).status() == psutil.STATUS_ZOMBIE)
 
 
@@ -71,7 +82,7 @@ def test_a_changed_environment_does_not_hide_a_process(children: Children, mark:
     eventually(lambda: [child.name() for child in leader.children()] == ["sleep", "sleep"])
     found = leader.children()
     assert pids(tree.root(mark, handles.pidfd)) == {leader.pid, *(child.pid for child in found)}
-    tree.end(tree.root(mark, handles.pidfd))
+    fell(mark, handles)
     await_end(handles.pidfd)
     assert psutil.wait_procs(found, timeout=60)[1] == []
 
@@ -81,16 +92,33 @@ def test_two_trees_are_not_mixed_up(children: Children, mark: str) -> None:
     first = children.start("/bin/sleep", "1000", tty=False, mark=mark)
     second = children.start("/bin/sleep", "1000", tty=False, mark=other)
     eventually(lambda: pids(tree.root(mark, first.pidfd)) == {pid_of(first)})
-    tree.end(tree.root(mark, first.pidfd))
+    fell(mark, first)
     await_end(first.pidfd)
     assert not kernel.is_dead(pid_of(second), kernel.start_time(pid_of(second)) or 0)
+
+
+def test_trees_are_ended_together_and_each_whole(children: Children, mark: str) -> None:
+    marks = [mark, secrets.token_hex(16), secrets.token_hex(16)]
+    line = "sleep 1000 & setsid sleep 1000 & wait"
+    started = [children.start("/bin/sh", "-c", line, tty=False, mark=one) for one in marks]
+    roots = [tree.root(one, handles.pidfd) for one, handles in zip(marks, started, strict=True)]
+    spared = children.start("/bin/sleep", "1000", tty=False, mark=secrets.token_hex(16))
+    eventually(lambda: [len(found) for found in tree.members(*roots)] == [3, 3, 3])
+
+    async def act() -> None:
+        feller = tree.Feller()
+        await asyncio.gather(*(feller.fell(one, handles) for one, handles in zip(marks, started, strict=True)))
+
+    asyncio.run(act())
+    assert tree.members(*roots) == [[], [], []]
+    assert not kernel.is_dead(pid_of(spared), kernel.start_time(pid_of(spared)) or 0)
 
 
 def test_a_signal_reaches_every_process_and_they_are_counted(children: Children, mark: str) -> None:
     handles = children.start("/bin/sh", "-c", "sleep 1000 & sleep 1000 & wait", tty=False, mark=mark)
     root = tree.root(mark, handles.pidfd)
     eventually(lambda: len(pids(root)) == 3)
-    assert tree.send(root, signal.SIGTERM) == 3
+    assert tree.send(signal.SIGTERM, root) == [3]
     await_end(handles.pidfd)
 
 
@@ -108,7 +136,7 @@ def test_our_own_runtime_and_its_children_are_spared(children: Children, mark: s
     spared = runtime()
     try:
         eventually(lambda: pids(tree.root(mark, handles.pidfd)) == {leader.pid})
-        tree.end(tree.root(mark, handles.pidfd))
+        fell(mark, handles)
         await_end(handles.pidfd)
         assert all(process.is_running() for process in spared)
     finally:
