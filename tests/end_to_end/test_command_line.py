@@ -253,6 +253,13 @@ def test_exec_runs_in_the_callers_directory_and_environment_unless_told_otherwis
     assert changed["output"] == f"{tmp_path}/sub\na=b\n"
 
 
+def test_the_same_write_id_types_nothing_twice_and_is_answered_again(cli_home: Home) -> None:
+    cat = cli_home.exec("stty -echo; echo ready; exec cat", options=("--tty", "--yield-ms", "1000"))["process_id"]
+    answers = [cli_home.json("write", cat, "--enter", "word", "--write-id", "w1") for _ in range(2)]
+    assert [answer["output"].split() for answer in answers] == [["word"], ["word"]]
+    assert cli_home.json("write", cat, "--enter", "other", "--write-id", "w2")["output"].split() == ["other"]
+
+
 def test_the_same_call_id_starts_nothing_twice(cli_home: Home) -> None:
     first = cli_home.exec("sh", "-c", "echo $$; sleep 100", options=("--call-id", "c1"))
     again = cli_home.exec("sh", "-c", "echo $$; sleep 100", options=("--call-id", "c1"))
