@@ -10,6 +10,7 @@ import asyncio
 import os
 from contextlib import suppress
 
+from ..common import kernel
 from ..common.descriptors import Handles
 from ..common.errors import PeerError
 from ..common.inlet import Inlet
@@ -122,6 +123,7 @@ class Entry(Changing):
         assert transcript is not None
         facts, live = transcript.facts, transcript.live()
         ended = self.state in (State.ENDED, State.GONE)
+        columns, rows = self._size() if facts.tty else (None, None)
         return ProcessRow(
             thread=facts.thread_id,
             process_id=facts.process_id,
@@ -137,7 +139,17 @@ class Entry(Changing):
             bytes_delivered=live.delivered,
             outcome=live.outcome.to_wire() if live.outcome and ended else None,
             wake_on=list(facts.wake_on),
+            columns=columns,
+            rows=rows,
         )
+
+    def _size(self) -> tuple[int, int]:
+        """Return columns and rows of its terminal; before it has come to us, those that it was asked for with."""
+        assert self.transcript is not None
+        if self.handles.terminal >= 0:
+            with suppress(OSError):
+                return kernel.window_size(self.handles.terminal)
+        return self.transcript.facts.columns, self.transcript.facts.rows
 
 
 class Thread(Changing):

@@ -505,7 +505,8 @@ ThreadState = Literal["awake", "asleep", "failed"]
 class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream.
 
-    `wake_on`: the texts of the wake rules that it was started with.
+    `wake_on`: the texts of the wake rules that it was started with.  `columns`, `rows`: the size of its terminal,
+    the last one if it has ended; `None` without a terminal, and where an older broker told nothing.
     """
 
     thread: str
@@ -522,6 +523,8 @@ class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes_delivered: int
     outcome: dict[str, Any] | None
     wake_on: list[str] = []
+    columns: int | None = None
+    rows: int | None = None
 
 
 class ThreadRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ Read in this order; each program stands after what it is made of.
     frame        what all commands share.
     tools        the commands exec and write.
     doctor/      the checks of `outlive doctor`.
+    screen/      what a process's terminal shows, from its transcript.
     units        the text of a systemd unit, and why each setting is there.
     installation installing the broker as a systemd unit, and taking it out again.
     views        the commands that look, and change nothing.

@@ -102,7 +102,7 @@ class ProcessName(click.ParamType[tuple[str | None, str]]):
 
         async def names(host: Host) -> list[CompletionItem]:
             # What has ended still has output and an outcome.
-            rows = await host.processes(ended=ctx.info_name in ("logs", "wait", "write"))
+            rows = await host.processes(ended=ctx.info_name in ("logs", "screen", "wait", "write"))
             return [
                 CompletionItem(
                     row.process_id if row.thread == thread else f"{row.thread}/{row.process_id}",

@@ -10,7 +10,7 @@ Always true
     rendering   how results leave.
     frame       what all commands share.
     tools       exec, write.
-    views       what only looks: status, doctor, ps, threads, wakes, logs, wait, events.
+    views       what only looks: status, doctor, ps, threads, wakes, logs, screen, events.
     orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
     doctor/     the checks of `outlive doctor`.
 """
@@ -58,6 +58,7 @@ for _command in (
     views.threads,
     views.wakes,
     views.logs,
+    views.screen,
     waiting.wait,
     waiting.watch,
     orders.kill,

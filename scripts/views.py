@@ -1,4 +1,4 @@
-"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, events."""
+"""The commands that look, and change nothing: status, doctor, ps, threads, wakes, logs, screen, events."""
 
 from __future__ import annotations
 
@@ -323,6 +323,32 @@ def _log_object(thread: str, process_id: str, since: int, pieces: Sequence[Outpu
         "ended": last.ended,
         "outcome": last.outcome if last.ended else None,
     }
+
+
+@command()
+@in_thread
+@process_argument
+def screen(thread: str | None, process: Process, as_json: bool) -> None:
+    """Show what is on the terminal of a process, as text.
+
+    For programs that fill the screen, such as editors, whose output makes no sense line by line. Also of a process
+    that has ended; and nothing is taken from its agent, nor is its thread woken. --json adds the cursor, the size,
+    and whether all of the output was there to draw the screen from.
+
+    \b
+    Example: outlive screen build/4711
+    """
+    from .screen import Screen, screen_of
+
+    thread_id, process_id = key_of(process, thread)
+
+    async def work(host: Host) -> Screen:
+        return await screen_of(thread_of(host, thread_id), process_id)
+
+    shown = with_host(work)
+    if not shown.complete:
+        message("part of the output is no longer kept; parts of this screen may be missing or out of date")
+    show(shown, as_json, shown.text)
 
 
 @command()

@@ -1,0 +1,47 @@
+"""libghostty-vt as emulator: the terminal of Ghostty, native, fast and complete.
+
+Not here
+    Answers to what programs ask a terminal: they would have to be typed, and an observer types nothing.
+"""
+
+from __future__ import annotations
+
+from pyghostty import Terminal
+from pyghostty._ffi import check, ffi, lib
+
+from .emulator import TITLE_MAX, Picture, shown
+
+# Lines that have left at the top: a terminal that becomes higher shows them again.
+_SCROLLBACK = 1_000
+
+
+class Ghostty:
+    """An `Emulator`."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self._terminal = Terminal(cols=columns, rows=rows, scrollback=_SCROLLBACK)
+        # No pictures: we would not see them, and a program may name one by a file, which a terminal then deletes.
+        limit = lib.GHOSTTY_TERMINAL_OPT_KITTY_IMAGE_STORAGE_LIMIT
+        check(lib.ghostty_terminal_set(self._terminal._t[0], limit, ffi.new("uint64_t*", 0)), "no pictures")
+
+    def feed(self, data: bytes) -> None:
+        self._terminal.feed(data)
+
+    def resize(self, columns: int, rows: int) -> None:
+        self._terminal.resize(columns, rows)
+
+    def picture(self) -> Picture:
+        _, rows = self._terminal.size
+        column, row = self._terminal.cursor
+        lines = [shown(line).rstrip() for line in self._terminal.text().split("\n")[:rows]]
+        title = self._terminal.get("title", "GhosttyString")
+        return Picture(
+            lines=lines + [""] * (rows - len(lines)),
+            row=row,
+            column=column,
+            visible=bool(self._terminal.get("cursor_visible", "bool")),
+            alternate=bool(self._terminal.get("active_screen", "GhosttyTerminalScreen")),
+            title=shown(bytes(ffi.buffer(title.ptr, title.len)).decode("utf-8", "replace")[:TITLE_MAX])
+            if title.len
+            else "",
+        )
