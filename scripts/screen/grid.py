@@ -402,14 +402,6 @@ class _Screen(pyte.Screen):
         self._charsets, self.charset = list(sets), charset
         self.cursor.x, self.cursor.y = min(x, self.columns), min(y, self.lines - 1)
 
-    def _soften(self) -> None:
-        """Reset what programs set for a moment."""
-        self.mode -= {modes.IRM, modes.DECOM}
-        self.mode.add(modes.DECAWM)
-        self.margins, self.cursor.hidden = None, False
-        self._charsets, self.charset = [_ASCII] * 2, 0
-        self._saved.pop(self.alternate, None)
-
     def resize(self, lines: int | None = None, columns: int | None = None) -> None:
         lines, columns = lines or self.lines, columns or self.columns
         self.margins = None
@@ -461,5 +453,4 @@ _SEQUENCES: dict[str, Callable[[_Screen, int, list[int]], Any]] = {
     "r": lambda screen, _, numbers: screen._set_margins(numbers),
     "s": lambda screen, _, numbers: screen._save(),
     "u": lambda screen, _, numbers: screen._restore(),
-    "!p": lambda screen, _, numbers: screen._soften(),
 }

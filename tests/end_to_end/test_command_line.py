@@ -23,7 +23,7 @@ from outlive.common import kernel
 OUTLIVE = str(Path(sysconfig.get_path("scripts")) / "outlive")
 COMMANDS = (
     *("up", "down", "status", "doctor", "exec", "write", "ps", "threads", "logs", "wait", "kill", "resize"),
-    "watch",
+    *("watch", "screen"),
     *("events", "detach", "resume", "reattach", "clean", "shutdown", "completion"),
     *("broker install", "broker uninstall"),
 )
