@@ -35,14 +35,13 @@ class Ghostty:
         _, rows = self._terminal.size
         column, row = self._terminal.cursor
         lines = [shown(line).rstrip() for line in self._terminal.text().split("\n")[:rows]]
-        title = self._terminal.get("title", "GhosttyString")
+        said = self._terminal.get("title", "GhosttyString")
+        title = bytes(ffi.buffer(said.ptr, said.len)) if said.len else b""
         return Picture(
             lines=lines + [""] * (rows - len(lines)),
             row=row,
             column=column,
             visible=bool(self._terminal.get("cursor_visible", "bool")),
             alternate=bool(self._terminal.get("active_screen", "GhosttyTerminalScreen")),
-            title=shown(bytes(ffi.buffer(title.ptr, title.len)).decode("utf-8", "replace")[:TITLE_MAX])
-            if title.len
-            else "",
+            title=shown(title.decode("utf-8", "replace")[:TITLE_MAX]),
         )

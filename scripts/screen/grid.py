@@ -382,13 +382,25 @@ class _Screen(pyte.Screen):
             self.margins = Margins(top, bottom)
             self.cursor_position()
 
-    def _scroll(self, count: int) -> None:
-        """Move what is between the margins `count` rows up; a negative number: down."""
+    def insert_lines(self, count: int | None = None) -> None:
+        self._edit_lines(-(count or 1))
+
+    def delete_lines(self, count: int | None = None) -> None:
+        self._edit_lines(count or 1)
+
+    def _edit_lines(self, up: int) -> None:
         top, bottom = self._bounds()
-        column, row = self.cursor.x, self.cursor.y
-        self.cursor.y = top
-        (self.delete_lines if count > 0 else self.insert_lines)(min(abs(count), bottom - top + 1))
-        self.cursor.x, self.cursor.y = column, row
+        if top <= self.cursor.y <= bottom:
+            self._scroll(up, self.cursor.y)
+            self.cursor.x = 0
+
+    def _scroll(self, up: int, first: int | None = None) -> None:
+        """Move the rows of the scroll region, or those from `first` on, so far up; a negative number: down."""
+        top, bottom = self._bounds()
+        top = top if first is None else first
+        for row, line in [(row, self.buffer.pop(row, None)) for row in range(top, bottom + 1)]:
+            if line is not None and top <= row - up <= bottom:
+                self.buffer[row - up] = line
 
     def _save(self) -> None:
         origin = modes.DECOM in self.mode

@@ -13,7 +13,6 @@ Not here
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 
 import msgspec
@@ -22,8 +21,8 @@ from .emulator import AFTER_GAP, Emulator, Picture, installed
 
 # Bytes of address space, of which an interpreter with an emulator takes a tenth.
 _MEMORY_MAX = 1 << 30
-# Seconds of computing for one drawing, which is 1 MiB at most; pyte needs 3 where the work is hard.
-_SECONDS_MAX = 20
+# Seconds of computing for one drawing, which is 1 MiB at most; with pyte that may take 5.
+_SECONDS_MAX = 10
 
 
 class Drawing(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +72,6 @@ def _limit_time() -> None:
 
 def main() -> None:
     """Serve until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a person's Ctrl-C is for whoever asks us
     _limit()
     kind = installed()
     screens: dict[str, Emulator] = {}

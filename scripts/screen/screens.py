@@ -15,6 +15,7 @@ that moment; programs that fill the screen draw it anew after a resize.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import OrderedDict
 from contextlib import suppress
@@ -24,8 +25,10 @@ import msgspec
 
 from ...common.client import Thread
 from ...common.errors import BadRequest, Unavailable
+from ...common.launch import MARK, PROCESS, ROLE, THREAD
 from ...common.messages import Output, ProcessRow
 from ...common.outcome import signal_name
+from . import renderer
 from .emulator import CELLS_MAX
 from .renderer import Drawing, Drawn
 
@@ -33,7 +36,7 @@ from .renderer import Drawing, Drawn
 _KEPT = 16
 # Seconds that one drawing may take.  The renderer ends itself after fewer, of computing; this is for one that was
 # stopped, on a machine that does other things too.
-_DEADLINE = 120.0
+_DEADLINE = 60.0
 # Bytes of an answer: every cell with as many marks as the emulators keep.
 _ANSWER_MAX = 64 << 20
 
@@ -106,12 +109,7 @@ class Screens:
             await self._start()  # it gets ready while we ask
             columns, rows = await self._size(thread, process_id)
             name = f"{thread.host.paths.run}:{thread.thread_id}/{process_id}"
-            try:
-                return await self._bring_up_to_date(name, thread, process_id, columns, rows)
-            except BaseException:
-                # It may still be at it, and what it has drawn is not known.
-                await self._end()
-                raise
+            return await self._bring_up_to_date(name, thread, process_id, columns, rows)
 
     async def _size(self, thread: Thread, process_id: str) -> tuple[int, int]:
         row = await _row(thread, process_id)
@@ -177,25 +175,30 @@ class Screens:
         if self._renderer and self._renderer.returncode is None:
             return
         await self._end()
-        # -P: a `json.py` in the caller's directory must not shadow ours.
+        module = renderer.__name__
+        # As all processes of ours: without the marks of one that an agent started, and not at a terminal's mercy.
+        environment = {name: value for name, value in os.environb.items() if name not in (THREAD, PROCESS, MARK)}
+        environment[ROLE] = module.removeprefix("outlive.").encode()
         self._renderer = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "outlive.scripts.screen.renderer"),
+            *(sys.executable, "-P", "-m", module),  # -P: a `json.py` in the caller's directory must not shadow ours
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
         )
 
     async def _end(self) -> None:
-        renderer, self._renderer = self._renderer, None
+        child, self._renderer = self._renderer, None
         self._rendered.clear()
         self._forget.clear()
-        if renderer is None:
+        if child is None:
             return
         with suppress(ProcessLookupError):
-            renderer.kill()
-        await asyncio.shield(renderer.wait())
-        assert renderer.stdin is not None
-        renderer.stdin.close()
+            child.kill()
+        await asyncio.shield(child.wait())
+        assert child.stdin is not None
+        child.stdin.close()
 
     async def _draw(
         self, name: str, rendered: _Rendered, columns: int, rows: int, data: bytes, *, gap: bool
@@ -209,34 +212,42 @@ class Screens:
             gap=gap,
             forget=self._forget,
         )
-        frame = msgspec.msgpack.encode(drawing)
-        renderer = self._renderer
-        assert renderer is not None
-        assert renderer.stdin is not None
-        assert renderer.stdout is not None
+        child = self._renderer
+        assert child is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         try:
             async with asyncio.timeout(_DEADLINE):
-                renderer.stdin.write(len(frame).to_bytes(4, "big") + frame)
-                await renderer.stdin.drain()
-                size = int.from_bytes(await renderer.stdout.readexactly(4), "big")
-                if size > _ANSWER_MAX:
-                    raise msgspec.DecodeError(f"{size} bytes")
-                answer = await renderer.stdout.readexactly(size)
-            drawn = msgspec.msgpack.decode(answer, type=Drawn)
+                drawn = await _exchange(drawing, child.stdin, child.stdout)
         except (OSError, EOFError, msgspec.MsgspecError) as error:  # a TimeoutError is an OSError
-            why = await self._why(error)
+            why = await _why(error, child)
+            await self._end()
             raise Unavailable(f"the screen cannot be rendered: {why}; see the output with `outlive logs`") from None
+        except BaseException:  # cancelled: it may still be at it, and its answer would be taken for the next one
+            await self._end()
+            raise
         rendered.started, self._forget = True, []
         return drawn
 
-    async def _why(self, error: Exception) -> str:
-        assert self._renderer is not None
-        if isinstance(error, TimeoutError):
-            return f"the renderer has not answered within {_DEADLINE:.0f} s"
-        if isinstance(error, msgspec.MsgspecError):
-            return f"the renderer answered with nonsense: {error}"
-        status = await self._renderer.wait()
-        return f"the renderer died of {signal_name(-status)}" if status < 0 else f"the renderer ended: {status}"
+
+async def _exchange(drawing: Drawing, requests: asyncio.StreamWriter, replies: asyncio.StreamReader) -> Drawn:
+    """Send the renderer a frame and return its answer; raises what a broken pipe, or nonsense, raises."""
+    frame = msgspec.msgpack.encode(drawing)
+    requests.write(len(frame).to_bytes(4, "big") + frame)
+    await requests.drain()
+    size = int.from_bytes(await replies.readexactly(4), "big")
+    if size > _ANSWER_MAX:
+        raise msgspec.DecodeError(f"{size} bytes")
+    return msgspec.msgpack.decode(await replies.readexactly(size), type=Drawn)
+
+
+async def _why(error: Exception, child: asyncio.subprocess.Process) -> str:
+    if isinstance(error, TimeoutError):
+        return f"the renderer has not answered within {_DEADLINE:.0f} s"
+    if isinstance(error, msgspec.MsgspecError):
+        return f"the renderer answered with nonsense: {error}"
+    status = await child.wait()  # it has closed its end of a pipe, so this is near
+    return f"the renderer died of {signal_name(-status)}" if status < 0 else f"the renderer ended, status {status}"
 
 
 async def screen_of(thread: Thread, process_id: str) -> Screen:

@@ -22,6 +22,7 @@ from outlive.scripts.screen.grid import Grid
 
 from .conftest import PYTHON, Home
 
+RENDERER = "scripts.screen.renderer"
 OUTLIVE = str(Path(sysconfig.get_path("scripts")) / "outlive")
 TERMINAL = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "LINES": "", "COLUMNS": ""}
 
@@ -273,7 +274,7 @@ async def test_a_renderer_that_dies_is_an_error_and_the_next_one_begins_anew(
     process = await start(thread, *PYTHON, "print('here', flush=True); input()")
     async with Screens() as screens:
         first = await until(screens, thread, process, "here")
-        (renderer,) = renderers(home)
+        (renderer,) = home.pids(RENDERER)
         os.kill(renderer, signal.SIGSTOP)
         looking = asyncio.create_task(screens.of(thread, process))
         await asyncio.sleep(0)  # it asks the broker now, and will wait for the renderer in vain
@@ -281,9 +282,26 @@ async def test_a_renderer_that_dies_is_an_error_and_the_next_one_begins_anew(
         with pytest.raises(outlive.Unavailable, match="died of SIGKILL"):
             await looking
         assert await screens.of(thread, process) == first
-        (other,) = renderers(home)
+        (other,) = home.pids(RENDERER)
         assert other != renderer
-    assert renderers(home) == []
+    assert home.pids(RENDERER) == []
+
+
+@pytest.mark.parametrize("missing", [["pyghostty"], ["pyghostty", "pyte"]])
+async def test_what_is_not_installed_is_replaced_by_the_next_or_named(
+    host: outlive.Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    for name in missing:
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    thread = await host.thread("fallback")
+    process = await start(thread, *PYTHON, "print('here\\033[?1049h\\033[Hthere'); input()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with Screens() as screens:
+        if "pyte" in missing:
+            with pytest.raises(outlive.Unavailable, match="install `outlive\\[screen\\]`"):
+                await screens.of(thread, process)
+        else:
+            await until(screens, thread, process, "there", row=0)
 
 
 async def test_what_has_no_screen_is_an_error_that_says_what_to_do(host: outlive.Host) -> None:
@@ -296,9 +314,3 @@ async def test_what_has_no_screen_is_an_error_that_says_what_to_do(host: outlive
         await screen_of(thread, vast)
     with pytest.raises(outlive.UnknownProcess):
         await screen_of(thread, "1")
-
-
-def renderers(home: Home) -> list[int]:
-    """Return the renderers that live."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in home.pids()}
-    return [pid for pid, command in commands.items() if b"outlive.scripts.screen.renderer" in command]

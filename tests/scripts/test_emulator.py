@@ -70,6 +70,8 @@ DRAWINGS = {
     "deleting lines": (NUMBERS + b"\x1b[2;1H\x1b[2M", "1|4", (1, 0)),
     "more than there are": (NUMBERS + b"\x1b[2;1H\x1b[99M\x1b[99Lx", "1|x", (1, 1)),
     "scrolling up and down": (NUMBERS + b"\x1b[2S\x1b[T", "|3|4", (3, 1)),
+    "scrolling the only line away": (b"x\x1b[S", "", (0, 1)),
+    "deleting it": (b"abc\x1b[M", "", (0, 0)),
     "repeating": (b"ab\x1b[3bc", "abbbbc", (0, 6)),
     "repeating over the border": ("–".encode() + b"\x1b[10b", "–" * 10 + "|–", (1, 1)),
     "a scroll region": (NUMBERS + b"\x1b[2;3r\x1b[3;1H\nx", "1|3|x|4", (2, 1)),
