@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -197,6 +199,14 @@ def test_what_follows_a_gap_begins_with_a_whole_sequence() -> None:
 
 def test_no_line_drives_the_terminal_of_its_reader() -> None:
     assert shown("a\x1b[31mb\x9bc\x7f中e\u0301👨\u200d👩") == "a[31mbc中e\u0301👨\u200d👩"
+
+
+def test_only_the_renderer_loads_an_emulator() -> None:
+    code = (
+        "import sys, outlive.scripts.cli, outlive.scripts.screen.screens;"
+        "assert not {'pyghostty', 'cffi', 'pyte', 'wcwidth'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(len(EMULATORS) < 2, reason="pyghostty is not installed")
