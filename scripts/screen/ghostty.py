@@ -12,7 +12,7 @@ from pyghostty._ffi import check, ffi, lib
 from .emulator import TITLE_MAX, Picture, shown
 
 # Lines that have left at the top: a terminal that becomes higher shows them again.
-_SCROLLBACK = 1_000
+_SCROLLBACK = 200
 
 
 class Ghostty:
