@@ -12,6 +12,7 @@ Read in this order; each program stands after what it is made of.
     views        the commands that look, and change nothing.
     waiting      the commands about rules: wait and watch.
     orders       the commands that change something.
+    doors/       agents that know nothing of outlive: the tools, `outlive mcp` and `outlive tool`.
     cli          `outlive`, the command line.
     examples/    agents to start from.
 

@@ -13,6 +13,7 @@ Always true
     views       what only looks: status, doctor, ps, threads, wakes, logs, screen, events.
     orders      what changes something: up, down, kill, resize, whatever is done to a thread, and `broker`.
     doctor/     the checks of `outlive doctor`.
+    doors/      what agents come in by: mcp, tool.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import click
 
 from . import orders, tools, views, waiting
+from .doors import commands as doors
 from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Commands
 from .rendering import ReaderGone, message, write_json, write_line
 
@@ -72,6 +74,8 @@ for _command in (
     orders.clean,
     orders.shutdown,
     orders.broker,
+    doors.mcp,
+    doors.tool,
 ):
     cli.add_command(_command)
 

@@ -1,0 +1,98 @@
+"""`outlive mcp --http`: the server over HTTP, for clients that start no programs.
+
+Who may use it may run commands as you, so every request needs the token: `Authorization: Bearer TOKEN`.  It is what
+OUTLIVE_MCP_TOKEN says, or a random one in a file that only you can read.
+
+Always true
+    It keeps no sessions of the protocol's: a bridge that was started again serves on, for clients of any revision.
+    A request of a web page is refused, unless the page is of this very machine.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...common.client import Thread
+from ...common.errors import BadRequest
+from ...common.paths import Paths, private_folder
+from .bridge import Bridge
+
+PATH = "/mcp"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+TOKEN_VARIABLE = "OUTLIVE_MCP_TOKEN"
+# Characters: what is shorter can be guessed.
+_TOKEN_MIN = 16
+
+
+def token_of(paths: Paths, environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return the token, and where it is from: the same at each start; made at the first one."""
+    if token := environment.get(TOKEN_VARIABLE):
+        if len(token) < _TOKEN_MIN:
+            raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}")
+        return token, TOKEN_VARIABLE
+    private_folder(paths.state)
+    file = Path(paths.state) / "mcp-token"
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as made:
+            made.write(secrets.token_urlsafe(32))
+    except FileExistsError:
+        file.chmod(0o600)
+    token = file.read_text().strip()
+    if len(token) < _TOKEN_MIN:
+        raise BadRequest(f"file {file}: holds no token; remove it, and a new one is made")
+    return token, str(file)
+
+
+class Guard:
+    """Lets through what has the token, and is not of a web page from elsewhere."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._wanted = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).hostname not in LOOPBACK:
+                answer = PlainTextResponse(f"Origin: {origin[:200]}: web pages from elsewhere are refused\n", 403)
+                return await answer(scope, receive, send)
+            if not hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted):
+                answer = PlainTextResponse(
+                    "Authorization: use `Bearer TOKEN`, with the token that `outlive mcp --http` named\n",
+                    401,
+                    {"WWW-Authenticate": "Bearer"},
+                )
+                return await answer(scope, receive, send)
+        await self._app(scope, receive, send)
+        return None
+
+
+async def serve_http(thread: Thread, host: str, port: int, token: str, announce: Callable[[str], None]) -> None:
+    """Serve until the process is ended; `announce` gets the URL once connections are taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise BadRequest(f"--http {host}:{port}: {error.strerror or error}; use another address or port") from None
+    bridge = Bridge(thread, standing=False)
+    app = bridge.server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, host=host)
+    config = uvicorn.Config(Guard(app, token), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    shown = f"[{host}]" if ":" in host else host
+    announce(f"http://{shown}:{listener.getsockname()[1]}{PATH}")
+    try:
+        await uvicorn.Server(config).serve([listener])
+    finally:
+        bridge.close()
+        listener.close()
