@@ -36,7 +36,7 @@ SILENCE_MAX = 45.0
 # Seconds that a call without progress may wait by itself: it has to be over before that.
 LONGEST = 40.0
 # Seconds between two notices of progress.
-PROGRESS_PAUSE = 3.0
+PROGRESS_PAUSE = 2.0
 
 INSTRUCTIONS = """\
 Runs shell commands in sessions that outlive everybody: this server, the client, the conversation. A session keeps

@@ -28,7 +28,14 @@ from typing import Any, Literal, TypeVar
 from msgspec import UNSET
 
 from ...common.client import Thread, to_builtins
-from ...common.errors import BadRequest, ExpiredProcess, Unavailable, UnknownProcess, UnknownThread
+from ...common.errors import (
+    BadRequest,
+    ExpiredProcess,
+    OutliveError,
+    Unavailable,
+    UnknownProcess,
+    UnknownThread,
+)
 from ...common.messages import OFFSET_MAX, Output, ProcessRow, WaitRow
 from ...common.response import BYTES_PER_TOKEN, whole_characters
 from ...common.rules import rules_of
@@ -38,6 +45,8 @@ from .vocabulary import Answer, Arguments, of_outcome
 
 T = TypeVar("T")
 
+# What errors for people name, and what it is called here.
+_IN_OUR_WORDS = {"`outlive logs`": "read_output", "`outlive ps`": "list_sessions"}
 # Seconds that a wait takes at least: what is true already needs a moment to be said.
 _LOOK = 0.25
 # Seconds beyond its grace that a session which was killed may take to be gone.
@@ -95,6 +104,11 @@ async def call(thread: Thread, name: str, arguments: object, longest: float | No
         return await tool.run(thread, given, longest)
     except (UnknownProcess, UnknownThread, ExpiredProcess) as error:
         raise type(error)(_unknown(thread, given, error)) from None
+    except OutliveError as error:
+        text = str(error)
+        for command, name in _IN_OUR_WORDS.items():
+            text = text.replace(command, name)
+        raise type(error)(text) from None
 
 
 def tool_of(name: str) -> Tool:
@@ -147,15 +161,19 @@ async def exec_command(thread: Thread, given: vocabulary.ExecCommand, longest: f
 
 async def write_stdin(thread: Thread, given: vocabulary.WriteStdin, longest: float | None) -> vocabulary.Reply:
     write_id = secrets.token_hex(8)
-    response = await _insisted(
-        lambda: thread.write_stdin(
-            str(given.session_id),
-            given.chars,
-            yield_time_ms=_within(given.yield_time_ms, longest),
-            max_output_tokens=given.max_output_tokens,
-            write_id=write_id,
+    try:
+        response = await _insisted(
+            lambda: thread.write_stdin(
+                str(given.session_id),
+                given.chars,
+                yield_time_ms=_within(given.yield_time_ms, longest),
+                max_output_tokens=given.max_output_tokens,
+                write_id=write_id,
+            )
         )
-    )
+    except Unavailable as error:
+        why = str(error).partition("; write id")[0]  # of which a model can make no use
+        raise Unavailable(f"{why}; whether it was typed, read_output shows") from None
     return vocabulary.Reply.of(response, given.max_output_tokens)
 
 
@@ -322,12 +340,8 @@ async def terminate_session(
 
 
 async def screen(thread: Thread, given: vocabulary.Screen, longest: float | None) -> vocabulary.ScreenAnswer:
-    try:
-        from ..screen import screen_of
-    except ImportError as error:
-        raise BadRequest(
-            f"screen: {error.name} is not installed; read_output has the output, or install outlive[screen]"
-        ) from None
+    from ..screen import screen_of
+
     found = await screen_of(thread, str(given.session_id))
     return vocabulary.ScreenAnswer(
         session_id=given.session_id,

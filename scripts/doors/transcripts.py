@@ -97,9 +97,14 @@ class Transcripts:
         """Answer `subscriptions/listen`, for as long as the client listens."""
         bus = InMemorySubscriptionBus()
         wanted = params.notifications
+        # From before the client is told that it listens: what it reads then, and what comes after, is all there is.
+        ends: dict[str, int] = {}
+        for uri in wanted.resource_subscriptions or ():
+            with suppress(OutliveError, MCPError):  # what is no session has no news
+                ends[uri] = (await self._thread.read_output(self._process_of(uri), OFFSET_MAX)).written
         following = [
-            asyncio.create_task(self._follow(uri, lambda uri: bus.publish(ResourceUpdated(uri))))
-            for uri in wanted.resource_subscriptions or ()
+            asyncio.create_task(self._follow(uri, end, lambda uri: bus.publish(ResourceUpdated(uri))))
+            for uri, end in ends.items()
         ]
         if wanted.resources_list_changed:
             following.append(asyncio.create_task(self._follow_list(bus)))
@@ -112,9 +117,9 @@ class Transcripts:
     async def subscribe(self, ctx: Context, params: types.SubscribeRequestParams) -> types.EmptyResult:
         """Answer `resources/subscribe`, of clients before 2026-07-28."""
         with _told(params.uri):
-            await self._thread.read_output(self._process_of(params.uri), OFFSET_MAX)
+            output = await self._thread.read_output(self._process_of(params.uri), OFFSET_MAX)
         self._forget(params.uri)
-        follower = asyncio.create_task(self._follow(params.uri, ctx.session.send_resource_updated))
+        follower = asyncio.create_task(self._follow(params.uri, output.written, ctx.session.send_resource_updated))
         self._followers[params.uri] = follower
         return types.EmptyResult()
 
@@ -132,14 +137,17 @@ class Transcripts:
         if follower := self._followers.pop(uri, None):
             follower.cancel()
 
-    async def _follow(self, uri: str, tell: Callable[[str], Awaitable[None]]) -> None:
-        """Tell whenever there is more of a transcript, until it is complete."""
-        with suppress(OutliveError, MCPError):  # what is no session has no news
-            process_id = self._process_of(uri)
-            output = await self._thread.read_output(process_id, OFFSET_MAX)
-            while not output.ended:
-                output = await self._thread.read_output(process_id, output.written, wait_ms=FOLLOW_MS)
-                await tell(uri)
+    async def _follow(self, uri: str, end: int, tell: Callable[[str], Awaitable[None]]) -> None:
+        """Tell whenever there is more of a transcript than `end`, until it is complete."""
+        process_id = self._process_of(uri)
+        with suppress(OutliveError):
+            while True:
+                output = await self._thread.read_output(process_id, end, wait_ms=FOLLOW_MS)
+                if output.written > end or output.ended:
+                    await tell(uri)
+                if output.ended and output.next_offset >= output.written:
+                    return
+                end = output.written
                 await asyncio.sleep(UPDATE_PAUSE)
 
     async def _follow_list(self, bus: InMemorySubscriptionBus) -> None:
