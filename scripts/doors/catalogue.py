@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from ...common.client import Thread, to_builtins
 from ...common.errors import (
@@ -217,20 +217,26 @@ async def read_output(thread: Thread, given: vocabulary.ReadOutput, longest: flo
 
 
 def _last_lines(output: Output, start: int, count: int) -> tuple[int, Output]:
-    """Return where the last `count` lines of a piece begin, and the piece from there on."""
-    from msgspec import structs
+    """Return where the last `count` lines of an output begin, and the output from there on."""
+    start = _beginning_of_last(output, start, count)
+    pieces = [(max(at, start), data[max(0, start - at) :]) for at, data in output.pieces]
+    return start, structs.replace(
+        output,
+        pieces=[(at, data) for at, data in pieces if data],
+        gaps=[gap for gap in output.gaps if gap[1] > start],
+    )
 
-    pieces: list[tuple[int, bytes]] = []
-    for offset, data in reversed(output.pieces):
-        lines = data.splitlines(keepends=True)
-        if len(lines) > count or not count:
-            kept = b"".join(lines[len(lines) - count :])
-            start = offset + len(data) - len(kept)
-            pieces.append((start, kept))
-            break
-        count -= len(lines)
-        pieces.append((offset, data))
-    return start, structs.replace(output, pieces=pieces[::-1], gaps=[gap for gap in output.gaps if gap[1] > start])
+
+def _beginning_of_last(output: Output, start: int, count: int) -> int:
+    last = True
+    for at, data in reversed(output.pieces):
+        end = len(data) - 1 if last and data.endswith(b"\n") else len(data)
+        last = False
+        while (end := data.rfind(b"\n", 0, end)) >= 0:
+            count -= 1
+            if not count:
+                return at + end + 1
+    return start
 
 
 def in_order(output: Output) -> list[tuple[int, bytes | int]]:
@@ -414,7 +420,7 @@ TOOLS: dict[str, Tool] = {
             "End a session",
             "End a session and everything it started: ask it to (SIGTERM), and end it by force after grace_s "
             "seconds. One that has ended is left as it is. To interrupt only what runs on a terminal, type Ctrl-C "
-            "instead: write_stdin with chars \u0003.",
+            "instead: write_stdin with chars \\u0003.",
             vocabulary.TerminateSession,
             vocabulary.Terminated,
             terminate_session,

@@ -1,4 +1,4 @@
-"""`outlive mcp`, as agents meet it: the official client of the Model Context Protocol, real brokers, real deaths."""
+"""`outlive mcp`, as agents meet it: the official client of the Model Context Protocol, real brokers and deaths."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from outlive.scripts.doors.project import thread_of_folder
 from .agents import BEFORE, MODES, NEWEST, an_endpoint, called, connected, over_stdio, refused, text_of
 from .conftest import Home
 
+WAYS = ("transport", "revision")
 EVERYWHERE = pytest.mark.parametrize(
-    ("transport", "revision"), [(way, revision) for way in ("stdio", "http") for revision in (NEWEST, BEFORE)]
+    WAYS, [("stdio", NEWEST), ("stdio", BEFORE), ("http", NEWEST), ("http", BEFORE)]
 )
 # A shell that neither echoes nor prompts.
 SHELL = "stty -echo; PS1= exec sh"
@@ -88,7 +89,7 @@ async def test_a_client_lists_the_tools_calls_them_and_sees_errors_as_a_model_do
             await client.call_tool("ls", {})
 
 
-@EVERYWHERE
+@pytest.mark.parametrize(WAYS, [("stdio", NEWEST), ("http", BEFORE)])
 async def test_a_client_that_asked_for_it_gets_progress_while_a_call_waits(
     home: Home, fifo: Callable[[str], Path], transport: str, revision: str
 ) -> None:
@@ -109,7 +110,7 @@ async def test_a_client_that_asked_for_it_gets_progress_while_a_call_waits(
         assert told[0].startswith("wait: waiting for ")
 
 
-@pytest.mark.parametrize(("transport", "revision"), [("stdio", NEWEST), ("stdio", BEFORE), ("http", NEWEST)])
+@pytest.mark.parametrize(WAYS, [("stdio", BEFORE), ("http", NEWEST)])
 async def test_a_call_that_is_cancelled_ends_no_session(
     home: Home, host: outlive.Host, transport: str, revision: str
 ) -> None:
@@ -211,14 +212,14 @@ async def test_two_clients_of_one_thread_share_its_sessions(home: Home) -> None:
         assert waited["sessions"][0]["matched"] == "from two"
 
 
-async def test_each_project_folder_has_a_thread_of_its_own(home: Home, host: outlive.Host, tmp_path: Path) -> None:
-    folders = [tmp_path / "one" / "app", tmp_path / "two" / "app"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        async with over_stdio(home.path, cwd=folder) as client:
-            assert (await called(client, "exec_command", cmd="pwd"))["output"] == f"{folder}\n"
-            assert len((await called(client, "list_sessions", all=True))["sessions"]) == 1
-    assert {row.thread for row in await host.threads()} == {thread_of_folder(folder) for folder in folders}
+async def test_sessions_belong_to_the_thread_of_the_folder_that_the_bridge_runs_in(
+    home: Home, host: outlive.Host, tmp_path: Path
+) -> None:
+    folder = tmp_path / "app"
+    folder.mkdir()
+    async with over_stdio(home.path, cwd=folder) as client:
+        assert (await called(client, "exec_command", cmd="pwd"))["output"] == f"{folder}\n"
+    assert [row.thread for row in await host.threads()] == [thread_of_folder(folder)]
 
 
 async def test_huge_arguments_are_refused_by_name(home: Home) -> None:
@@ -346,29 +347,21 @@ async def begun_task(client: Client, **arguments: Any) -> TaskHandle:
     return handle
 
 
-@pytest.mark.parametrize("transport", ["stdio", "http"])
-async def test_a_wait_becomes_a_task_that_another_bridge_goes_on_with(
-    home: Home, fifo: Callable[[str], Path], transport: str
+async def test_a_wait_becomes_a_task_that_the_next_bridge_goes_on_with(
+    home: Home, fifo: Callable[[str], Path]
 ) -> None:
     gate = fifo("gate")
-    extensions = [TasksOfClient()]
-    if transport == "stdio":
-        async with over_stdio(home.path, "-t", "agent", extensions=extensions) as client:
-            started = await called(client, "exec_command", cmd=held(gate, "exit 6"), yield_time_ms=250)
-            handle = await begun_task(client, session_ids=[started["session_id"]], timeout_ms=3_600_000)
-        async with over_stdio(home.path, "-t", "agent", extensions=extensions) as client:
-            polling = asyncio.create_task(polled(client, handle.task_id))
-            let_go(gate)
-            state = await polling
-    else:
-        async with an_endpoint(home.path, "agent") as endpoint, endpoint.client(extensions=extensions) as client:
-            started = await called(client, "exec_command", cmd=held(gate, "exit 6"), yield_time_ms=250)
-            handle = await begun_task(client, session_ids=[started["session_id"]], timeout_ms=3_600_000)
-            await endpoint.kill()
-            await endpoint.start()
-            polling = asyncio.create_task(polled(client, handle.task_id))
-            let_go(gate)
-            state = await polling
+    async with (
+        an_endpoint(home.path, "agent") as endpoint,
+        endpoint.client(extensions=[TasksOfClient()]) as client,
+    ):
+        started = await called(client, "exec_command", cmd=held(gate, "exit 6"), yield_time_ms=250)
+        handle = await begun_task(client, session_ids=[started["session_id"]], timeout_ms=3_600_000)
+        await endpoint.kill()
+        await endpoint.start()
+        polling = asyncio.create_task(polled(client, handle.task_id))
+        let_go(gate)
+        state = await polling
     assert state.status == "completed"
     result = types.CallToolResult.model_validate(state.result)
     assert text_of(result) == f"Session {started['session_id']}: Process exited with code 6"

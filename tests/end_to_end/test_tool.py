@@ -1,0 +1,138 @@
+"""`outlive tool`: the tools for an agent that has only a shell, as it meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import outlive
+from outlive.scripts.doors.catalogue import TOOLS
+
+from .agents import OUTLIVE, environment
+from .conftest import Home
+
+Done = subprocess.CompletedProcess[str]
+
+
+class Shell:
+    """An agent's shell."""
+
+    def __init__(self, home: Path) -> None:
+        self._environment = environment(home)
+
+    def __call__(self, *words: str, input: str | None = None) -> Done:
+        """Run `outlive tool WORDS`."""
+        return subprocess.run(
+            [OUTLIVE, "tool", *words], env=self._environment, input=input, capture_output=True, text=True
+        )
+
+    def answer(self, name: str, **arguments: Any) -> Any:
+        """Call a tool that has to succeed, and return its structured answer."""
+        done = self("--json", name, json.dumps(arguments))
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def tool(home: Home) -> Shell:
+    return Shell(home.path)
+
+
+def test_without_a_name_the_tools_are_listed_with_all_their_arguments(tool: Shell) -> None:
+    listed = json.loads(tool("--json").stdout)
+    assert [one["name"] for one in listed] == list(TOOLS)
+    text = tool().stdout
+    for one in listed:
+        assert f"\n{one['name']}\n" in f"\n{text}"
+        assert all(f"\n    {name} (" in text for name in one["inputSchema"]["properties"])
+
+
+def test_a_session_is_started_typed_into_waited_for_read_and_ended(tool: Shell) -> None:
+    script = 'stty -echo; read answer; echo "got $answer"; read more'
+    started = tool.answer("exec_command", cmd=script, tty=True, yield_time_ms=250)
+    session = started["session_id"]
+    tool.answer("write_stdin", session_id=session, chars="6 * 7\n")
+    waited = tool.answer("wait", session_ids=[session], match="got .*7", timeout_ms=30_000)
+    assert waited["sessions"] == [
+        {"session_id": session, "came_true": "match", "matched": "got 6 * 7", "offset": 0}
+    ]
+    piece = tool.answer("read_output", session_id=session)
+    assert (piece["output"], piece["state"], piece["next_cursor"]) == ("got 6 * 7\r\n", "running", 11)
+    assert [row["session_id"] for row in tool.answer("list_sessions")["sessions"]] == [session]
+    ended = tool.answer("terminate_session", session_id=session)
+    assert ended["outcome"] == {"kind": "signaled", "signal": 15, "by": "caller"}
+    assert tool.answer("list_sessions")["sessions"] == []
+    # Ended means ended: nothing is done to it again.
+    assert tool.answer("terminate_session", session_id=session) == ended
+
+
+def test_the_text_is_that_of_the_two_tools_as_models_know_them(tool: Shell) -> None:
+    lines = tool("exec_command", "-", input='{"cmd": "echo out; exit 9"}').stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["Chunk ID", "Wall time"]
+    assert lines[2:] == ["Process exited with code 9", "Original token count: 1", "Output:", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("exec",), 2, "tool 'exec': there is none of this name; use exec_command, write_stdin, list_sessions"),
+        (("wait", "{"), 2, "arguments: '{' is no JSON: Expecting property name"),
+        (("wait", "[]"), 2, "arguments: a list; use an object"),
+        (("wait", "{}"), 2, "session_ids: missing. Sessions to wait for"),
+        (("exec_command", '{"cmd": "ls", "tty": 3}'), 2, "tty: 3: expected bool, got int. Run on a terminal"),
+        (("exec_command", '{"cmd": "ls", "cwd": "/"}'), 2, "cwd: there is no such argument; use cmd, workdir"),
+        (("read_output", '{"session_id": 4711}'), 1, "session_id: 4711: thread default has no such session"),
+        (
+            ("exec_command", '{"cmd": "ls", "workdir": "/missing"}'),
+            1,
+            "the command could not be started (directory): /missing: No such file or directory",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_field_value_and_remedy(
+    tool: Shell, words: tuple[str, ...], status: int, said: str
+) -> None:
+    done = tool(*words)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(f"outlive: {said}"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_has_no_terminal_is_not_typed_into_and_has_no_screen(tool: Shell) -> None:
+    session = tool.answer("exec_command", cmd="sleep 1000", yield_time_ms=250)["session_id"]
+    typed = tool("write_stdin", json.dumps({"session_id": session, "chars": "x"}))
+    assert "rerun the command with tty=true" in typed.stderr
+    screen = tool("screen", json.dumps({"session_id": session}))
+    assert f"process {session} has no terminal; see its output with read_output" in screen.stderr
+
+
+async def test_the_screen_is_what_a_person_would_see(tool: Shell, host: outlive.Host) -> None:
+    script = r"printf 'gone\033[2J\033[3;5Hhere\033[?25l'; read x"
+    session = tool.answer("exec_command", cmd=script, tty=True, yield_time_ms=250)["session_id"]
+    await outlive.Thread(host, "default").wait_until(str(session), {"output": "25l"})
+    seen = tool.answer("screen", session_id=session)
+    assert [line for line in seen["lines"] if line.strip()] == ["    here"]
+    assert seen["cursor"] == {"row": 2, "column": 8, "visible": False}
+    text = tool("screen", json.dumps({"session_id": session})).stdout
+    assert text.startswith(f"Session {session}: 80 columns, 24 rows; hidden cursor at row 2, column 8\n")
+
+
+async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(tool: Shell, host: outlive.Host) -> None:
+    started = tool.answer("exec_command", cmd="seq 100000", max_output_tokens=100)
+    assert started["original_token_count"] == 147_224
+    (warning,) = started["warnings"]
+    (row,) = tool.answer("list_sessions", all=True)["sessions"]
+    session = row["session_id"]
+    assert warning == f"the output is shortened; read_output of session {session} has all of it"
+
+    first = tool.answer("read_output", session_id=session, max_output_tokens=1000)
+    assert first["output"] == "".join(f"{n}\n" for n in range(1, 2000))[:4000]
+    assert (first["cursor"], first["next_cursor"], first["bytes_written"]) == (0, 4000, 588_895)
+    second = tool.answer("read_output", session_id=session, max_output_tokens=1000, cursor=4000)
+    assert first["output"] + second["output"] == "".join(f"{n}\n" for n in range(1, 3000))[:8000]
+    last = tool.answer("read_output", session_id=session, tail=2)
+    assert (last["output"], last["next_cursor"]) == ("99999\n100000\n", 588_895)
