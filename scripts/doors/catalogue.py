@@ -19,6 +19,7 @@ Not here
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shlex
 from collections.abc import Awaitable, Callable
@@ -143,6 +144,12 @@ async def _insisted(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 async def exec_command(thread: Thread, given: vocabulary.ExecCommand, longest: float | None) -> vocabulary.Reply:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise BadRequest(
+            "workdir: the folder that this runs in is gone, and what is relative to it; start it in another one"
+        ) from None
     call_id = secrets.token_hex(8)
     response = await _insisted(
         lambda: thread.exec_command(

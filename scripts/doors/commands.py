@@ -9,7 +9,7 @@ import click
 
 from ..arguments import DEFAULT_THREAD, ThreadName
 from ..frame import command, show, thread_of, with_host
-from .project import thread_of_folder
+from ..rendering import message
 
 if TYPE_CHECKING:
     from ...common.client import Host
@@ -62,6 +62,7 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
     from contextlib import AsyncExitStack
 
     from ...common.client import connect
+    from .project import thread_of_folder
 
     gc.disable()  # a fifth of the time to start goes into looking for garbage among classes
     try:
@@ -72,6 +73,8 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
     gc.enable()
     # It has nothing to clean up, and a read of standard input cannot be interrupted otherwise.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if http is None and sys.stdin.isatty():
+        message("serving the Model Context Protocol on this terminal, where a client is expected; Ctrl-C ends it")
     host = connect(start=not click.get_current_context().find_root().meta.get("no-start"))
     served = thread_of(host, thread or thread_of_folder(os.getcwd()))
 

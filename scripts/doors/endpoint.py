@@ -38,8 +38,8 @@ _TOKEN_MIN = 16
 def token_of(paths: Paths, environment: Mapping[str, str]) -> tuple[str, str]:
     """Return the token, and where it is from: the same at each start; made at the first one."""
     if token := environment.get(TOKEN_VARIABLE):
-        if len(token) < _TOKEN_MIN:
-            raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}")
+        if len(token) < _TOKEN_MIN or not token.isascii():
+            raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}, of ASCII")
         return token, TOKEN_VARIABLE
     private_folder(paths.state)
     file = Path(paths.state) / "mcp-token"

@@ -25,7 +25,7 @@ COMMANDS = (
     *("up", "down", "status", "doctor", "exec", "write", "ps", "threads", "logs", "wait", "kill", "resize"),
     *("watch", "screen"),
     *("events", "detach", "resume", "reattach", "clean", "shutdown", "completion"),
-    *("broker install", "broker uninstall"),
+    *("broker install", "broker uninstall", "mcp", "tool"),
 )
 # Seconds that one command may take on a busy machine before we call it hung.
 PATIENCE = 60

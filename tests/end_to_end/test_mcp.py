@@ -257,7 +257,7 @@ def test_the_token_of_http_is_made_once_for_you_alone(home_path: Path) -> None:
     assert len(token) >= 40
     assert Path(source).stat().st_mode & 0o777 == 0o600
     assert token_of(paths, {}) == (token, source)
-    with pytest.raises(outlive.BadRequest, match="OUTLIVE_MCP_TOKEN: 5 characters; use at least 16"):
+    with pytest.raises(outlive.BadRequest, match="OUTLIVE_MCP_TOKEN: 5 characters; use at least 16, of ASCII"):
         token_of(paths, {"OUTLIVE_MCP_TOKEN": "short"})
 
 
@@ -483,6 +483,15 @@ async def polls(host: outlive.Host, count: int) -> None:
         for _ in range(count):
             answer = await called(client, "write_stdin", session_id=started["session_id"])
             assert (answer["exit_code"], "session_id" in answer) == (8, False)
+
+
+def test_without_the_extra_one_is_told_how_to_get_it(home_path: Path) -> None:
+    script = "import sys; sys.modules['mcp_types'] = None; from outlive.scripts.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "mcp"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    said = "outlive: mcp_types is not installed; pip install 'outlive[mcp]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 def test_importing_outlive_loads_no_door() -> None:
