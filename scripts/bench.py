@@ -12,6 +12,7 @@
     sleepers    threads that sleep: memory, and wake-ups of broker and keeper.
     wakeups     of an idle broker and worker.
     help        `outlive --help`.
+    doors       `outlive mcp`, until it answers.
 
 Always true
     What is compared is measured alternately, so that a machine that is busy for a while is busy for both.
@@ -19,8 +20,8 @@ Always true
     A number is what was measured: what cannot be measured here is skipped, with the reason.
 
 Not here
-    What is measured: `flooded` (drain, control), `latency` (exec to wake, help), `footprint` (memory, sleepers,
-    wakeups).
+    What is measured: `flooded` (drain, control), `latency` (exec to wake, help, doors), `footprint` (memory,
+    sleepers, wakeups).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "sleepers": footprint.sleepers,
     "wakeups": footprint.wakeups,
     "help": latency.help_text,
+    "doors": latency.doors,
 }
 
 
