@@ -64,6 +64,8 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
     from ...common.client import connect
     from .project import thread_of_folder
 
+    # It has nothing to clean up, and a read of standard input cannot be interrupted otherwise.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()  # a fifth of the time to start goes into looking for garbage among classes
     try:
         from .bridge import serve_stdio
@@ -71,8 +73,6 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
         raise click.ClickException(f"{error.name} is not installed; pip install 'outlive[mcp]'") from None
     gc.freeze()
     gc.enable()
-    # It has nothing to clean up, and a read of standard input cannot be interrupted otherwise.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if http is None and sys.stdin.isatty():
         message("serving the Model Context Protocol on this terminal, where a client is expected; Ctrl-C ends it")
     host = connect(start=not click.get_current_context().find_root().meta.get("no-start"))
@@ -120,7 +120,7 @@ def tool(thread: str | None, name: str | None, arguments: str, as_json: bool) ->
         show([one.to_builtins() for one in TOOLS.values()], as_json, "\n\n".join(map(_shown, TOOLS.values())))
         return
     try:
-        given = _decoded(sys.stdin.read() if arguments == "-" else arguments)
+        given = _decoded(_standard_input() if arguments == "-" else arguments)
         understood(tool_of(name).arguments, given)
     except BadRequest as error:
         raise click.UsageError(str(error)) from None
@@ -132,7 +132,12 @@ def tool(thread: str | None, name: str | None, arguments: str, as_json: bool) ->
     show(answer.structured(), as_json, answer.text())
 
 
-def _decoded(text: str) -> Any:
+def _standard_input() -> bytes:
+    with open(0, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _decoded(text: str | bytes) -> Any:
     import json
 
     from ...common.errors import BadRequest, shown

@@ -36,6 +36,9 @@ def understood(kind: type[T], arguments: object) -> T:
     if not isinstance(arguments, Mapping):
         raise BadRequest(f"arguments: {shown(arguments)}; use an object, such as {{}}")
     given = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise BadRequest(f"{name[:80]}: {shown(value)}: has half a character in it, which no text can have")
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:

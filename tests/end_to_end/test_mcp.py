@@ -132,7 +132,7 @@ async def test_a_call_that_is_cancelled_ends_no_session(
 
 
 async def test_one_client_session_survives_the_deaths_of_bridge_worker_and_broker_and_a_detach(
-    home: Home, host: outlive.Host
+    home: Home,
 ) -> None:
     asked = 0
 
@@ -148,19 +148,23 @@ async def test_one_client_session_survives_the_deaths_of_bridge_worker_and_broke
         await called(client, "write_stdin", session_id=shell, chars="answer=42\n")
         await answers(client)
 
-        os.kill(await home.worker(host, "agent"), signal.SIGKILL)
-        await answers(client)
-
-        os.kill((await host.status())["broker_pid"], signal.SIGKILL)
-        await answers(client)
-
-        assert (await a_thread(host).detach()).process_ids == [str(shell)]
-        await answers(client)
-
-        (pid,) = bridges(home)
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(MCPError, match="Connection closed"):
+        async with outlive.connect() as host:
+            os.kill(await home.worker(host, "agent"), signal.SIGKILL)
             await answers(client)
+
+            os.kill((await host.status())["broker_pid"], signal.SIGKILL)
+            await answers(client)
+
+            assert (await a_thread(host).detach()).process_ids == [str(shell)]
+            await answers(client)
+
+        # In the middle of a call, and as clients end what they have started: with its process group.
+        waiting = asyncio.create_task(called(client, "wait", session_ids=[shell], match="never"))
+        await called(client, "list_sessions")
+        (pid,) = bridges(home)
+        os.killpg(pid, signal.SIGKILL)
+        with pytest.raises(MCPError, match="Connection closed"):
+            await waiting
     async with over_stdio(home.path, "-t", "agent") as client:
         await answers(client)
 

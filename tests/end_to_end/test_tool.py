@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def test_the_text_is_that_of_the_two_tools_as_models_know_them(tool: Shell) -> N
     [
         (("exec",), 2, "tool 'exec': there is none of this name; use exec_command, write_stdin, list_sessions"),
         (("wait", "{"), 2, "arguments: '{' is no JSON: Expecting property name"),
+        (("exec_command", '{"cmd": "\\ud800"}'), 2, r"cmd: '\ud800': has half a character in it"),
+        (("exec_command", '{"cmd": "\\u0000"}'), 1, "cmd or workdir: contains a NUL byte"),
         (("wait", "[]"), 2, "arguments: a list; use an object"),
         (("wait", "{}"), 2, "session_ids: missing. Sessions to wait for"),
         (("exec_command", '{"cmd": "ls", "tty": 3}'), 2, "tty: 3: expected bool, got int. Run on a terminal"),
@@ -119,6 +122,29 @@ async def test_the_screen_is_what_a_person_would_see(tool: Shell, host: outlive.
     assert seen["cursor"] == {"row": 2, "column": 8, "visible": False}
     text = tool("screen", json.dumps({"session_id": session})).stdout
     assert text.startswith(f"Session {session}: 80 columns, 24 rows; hidden cursor at row 2, column 8\n")
+
+
+def test_a_wait_is_over_when_any_or_all_of_what_it_is_for_has_come_true(tool: Shell) -> None:
+    def session(cmd: str) -> int:
+        return int(tool.answer("exec_command", cmd=cmd, yield_time_ms=250)["session_id"])
+
+    def waited(*sessions: int, **arguments: Any) -> tuple[list[str], bool]:
+        answer = tool.answer("wait", session_ids=list(sessions), **arguments)
+        return [row.get("came_true", "") for row in answer["sessions"]], answer["timed_out"]
+
+    lasting, ending, ended = session("sleep 1000"), session("sleep 1; exit 3"), session("sleep 0.3")
+    assert waited(lasting, ending, any=True) in ((["", "exit"], False), (["exit", ""], False))
+    # What has ended is known to have, however short the wait.
+    assert waited(ended, ending, lasting, timeout_ms=0) == (["exit", "exit", ""], True)
+    assert waited(ended, ending) == (["exit", "exit"], False)
+    assert waited(lasting, silence=0.2) == (["silence"], False)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert waited(lasting, ending, port=listener.getsockname()[1]) == (["port", ""], False)
+    text = tool("wait", json.dumps({"session_ids": [ending, lasting], "match": "never", "timeout_ms": 300})).stdout
+    assert text == (
+        f"Session {ending}: Process exited with code 3, before what was waited for came true\n"
+        f"Session {lasting}: running; not yet\nTimed out; call wait again to go on waiting.\n"
+    )
 
 
 async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(tool: Shell, host: outlive.Host) -> None:
