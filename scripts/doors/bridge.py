@@ -19,7 +19,6 @@ from importlib import metadata
 from typing import Any
 
 import mcp_types as types
-
 from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel.server import Server
 from mcp.server.stdio import stdio_server

@@ -107,8 +107,8 @@ async def call(thread: Thread, name: str, arguments: object, longest: float | No
         raise type(error)(_unknown(thread, given, error)) from None
     except OutliveError as error:
         text = str(error)
-        for command, name in _IN_OUR_WORDS.items():
-            text = text.replace(command, name)
+        for theirs, ours in _IN_OUR_WORDS.items():
+            text = text.replace(theirs, ours)
         raise type(error)(text) from None
 
 

@@ -46,8 +46,8 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
     """Serve agents through the Model Context Protocol.
 
     On standard input and output, for a client that starts this command: it gets tools to start commands, type into
-    them, wait for them and read what they print. All that it starts belongs to one thread and lives on when this
-    command, the client or the machine's session ends.
+    them, wait for them and read what they print. All that it starts belongs to one thread, and lives on when this
+    command or its client ends.
 
     With --http clients need a token: the one in OUTLIVE_MCP_TOKEN, or in the file that is named at the start.
 
@@ -73,6 +73,8 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
         raise click.ClickException(f"{error.name} is not installed; pip install 'outlive[mcp]'") from None
     gc.freeze()
     gc.enable()
+    if http is None and (sys.stdin is None or sys.stdout is None):
+        raise click.ClickException("standard input or output is closed; a client starts this command with both")
     if http is None and sys.stdin.isatty():
         message("serving the Model Context Protocol on this terminal, where a client is expected; Ctrl-C ends it")
     host = connect(start=not click.get_current_context().find_root().meta.get("no-start"))

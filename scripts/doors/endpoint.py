@@ -88,7 +88,7 @@ async def serve_http(thread: Thread, host: str, port: int, token: str, announce:
         raise BadRequest(f"--http {host}:{port}: {error.strerror or error}; use another address or port") from None
     bridge = Bridge(thread, standing=False)
     app = bridge.server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, host=host)
-    config = uvicorn.Config(Guard(app, token), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(Guard(app, token), log_config=None, access_log=False, timeout_graceful_shutdown=1)
     shown = f"[{host}]" if ":" in host else host
     announce(f"http://{shown}:{listener.getsockname()[1]}{PATH}")
     try:

@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Any
 
 import mcp_types as types
-
 from mcp.server.context import ServerRequestContext
 from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler, ResourcesListChanged, ResourceUpdated
 from mcp.shared.exceptions import MCPError
