@@ -15,7 +15,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -42,12 +42,15 @@ def token_of(paths: Paths, environment: Mapping[str, str]) -> tuple[str, str]:
             raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}, of ASCII")
         return token, TOKEN_VARIABLE
     private_folder(paths.state)
-    file = Path(paths.state) / "mcp-token"
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as made:
-            made.write(secrets.token_urlsafe(32))
-    except FileExistsError:
-        file.chmod(0o600)
+    file = paths.state / "mcp-token"
+    if not file.exists():
+        # Complete before it has its name: another bridge may start at this moment.
+        made = file.with_name(f"mcp-token-{secrets.token_hex(4)}")
+        with open(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as written:
+            written.write(secrets.token_urlsafe(32))
+        with suppress(FileExistsError):
+            os.link(made, file)
+        made.unlink()
     token = file.read_text().strip()
     if len(token) < _TOKEN_MIN:
         raise BadRequest(f"file {file}: holds no token; remove it, and a new one is made")
