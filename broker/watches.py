@@ -165,9 +165,12 @@ class Watches:
         *,
         set_at: int,
         generation: int = 0,
+        since: int = 0,
         heard: Callable[[Match], None] | None = None,
     ) -> Armed:
         """Watch also for this; a rule that is open already is that one.  Raises `LimitReached`.
+
+        `since`: from which byte of the output a match counts, or where the same rule matched before.
 
         What is looked for in output is so once its holder is told: `told`, `to_look_for`, `look`.
         """
@@ -183,7 +186,7 @@ class Watches:
             number = max([number, *(armed.number + 1 for armed in watch.armed if armed.number in _NUMBERS)])
         armed = Armed(rule, number, set_at, generation, heard=heard)
         if isinstance(rule, Output):
-            armed.since = max((former.until for former in same), default=0)
+            armed.since = max(since, *(former.until for former in same), 0)
             armed.slot = self._free_slot(key, watch)
         watch.armed.append(armed)
         self._schedule(key, watch, armed)

@@ -127,10 +127,11 @@ class Watching:
         key = call.thread, call.process_id
         found = await self._started(*key)
         if isinstance(found, Record):
-            return self._recorded(found, key, wanted)
+            return self._recorded(found, key, wanted, call.since)
         came: list[tuple[Rule, Match]] = []
         set_at = round((kernel.boottime() if call.asked_at is None else call.asked_at) * 1e9)
-        armed = await self._listen(found, [rule for rule in wanted if rule != Exit()], set_at, came, deadline)
+        listened_for = [rule for rule in wanted if rule != Exit()]
+        armed = await self._listen(found, listened_for, set_at, call.since, came, deadline)
         try:
             while not came and found.state is not State.GONE:
                 if found.state is State.ENDED and (outcome := found.outcome):
@@ -143,13 +144,14 @@ class Watching:
                 self._threads.watches.remove(key, one)
             if any(isinstance(one.rule, Output | Silence) for one in armed):
                 self._threads.spawn(self._tell_holder_less(found))
-        return self._recorded(self._record(*key), key, wanted)
+        return self._recorded(self._record(*key), key, wanted, call.since)
 
     async def _listen(
         self,
         entry: Entry,
         wanted: Sequence[Rule],
         set_at: int,
+        since: int,
         came: list[tuple[Rule, Match]],
         deadline: float | None,
     ) -> list[Armed]:
@@ -166,7 +168,9 @@ class Watching:
 
         try:
             for rule in wanted:
-                armed.append(watches.add(entry.key, transcript, rule, set_at=set_at, heard=listener(rule)))
+                armed.append(
+                    watches.add(entry.key, transcript, rule, set_at=set_at, since=since, heard=listener(rule))
+                )
             if any(isinstance(rule, Output | Silence) for rule in wanted):
                 await self._written(entry, [])
                 for one in armed:
@@ -197,9 +201,9 @@ class Watching:
             self._threads.came_true(key, Exit(), Match(generation, outcome=_outcome(record)))
         return set()
 
-    def _recorded(self, record: Record, key: tuple[str, str], wanted: Sequence[Rule]) -> WaitRow:
+    def _recorded(self, record: Record, key: tuple[str, str], wanted: Sequence[Rule], since: int) -> WaitRow:
         for rule in wanted:
-            if isinstance(rule, Output) and (match := _match_in(record, rule)):
+            if isinstance(rule, Output) and (match := _match_in(record, rule, since=since)):
                 return _row(key, rule, match)
         return _row(key, Exit() if Exit() in wanted else None, Match(outcome=_outcome(record)))
 
@@ -219,13 +223,14 @@ def _outcome(record: Record) -> Outcome | None:
     return outcome_from_wire(record.row["outcome"])
 
 
-def _match_in(record: Record, rule: Output, generation: int = 0) -> Match | None:
-    for part in record.parts(0, record.written):
+def _match_in(record: Record, rule: Output, generation: int = 0, since: int = 0) -> Match | None:
+    for part in record.parts(max(0, since - 1), record.written):
         if isinstance(part, Gap):
             continue
         offset, data = part
         final = offset + len(data) == record.written
-        if found := rules.search(rule.pattern, data, 1 if offset else 0, final=final):
+        start = max(1 if offset else 0, since - offset)  # what goes before that is only looked at
+        if start <= len(data) and (found := rules.search(rule.pattern, data, start, final=final)):
             text = data[found[0] : min(found[1], found[0] + rules.MATCH_MAX)]
             return Match(generation, offset=offset + found[0], text=text)
     return None

@@ -478,10 +478,12 @@ class Thread:
         assert outcome is not None
         return outcome
 
-    async def wait_until(self, process_id: str, *rules: object, timeout: float | None = None) -> WaitRow:
+    async def wait_until(
+        self, process_id: str, *rules: object, timeout: float | None = None, since: int = 0
+    ) -> WaitRow:
         """Wait until one of these rules is true of a process, or it has ended, without waking its thread.
 
-        The rules are those of `wake_on`; output counts from its beginning, silence and deadline from now.  Raises
+        The rules are those of `wake_on`; output counts from byte `since` on, silence and deadline from now.  Raises
         `TimeoutError` after `timeout` seconds, `UnknownProcess`, `ExpiredProcess`, `BadRequest`.
         """
         body = Wait(
@@ -489,6 +491,7 @@ class Thread:
             process_id=process_id,
             rules=[str(rule) for rule in rules_of(rules)],
             asked_at=kernel.boottime(),
+            since=since,
         )
         async with asyncio.timeout(timeout):
             return await self.host.call(body, WaitRow, None)

@@ -172,13 +172,15 @@ class Watch(Body, frozen=True, kw_only=True):
 class Wait(Body, frozen=True, kw_only=True):
     """Answer once one of the rules is true, or the process has ended and its output is in the transcript.
 
-    No rules: `exit`.  `asked_at`: on `CLOCK_BOOTTIME`, from when deadline and silence count.
+    No rules: `exit`.  `asked_at`: on `CLOCK_BOOTTIME`, from when deadline and silence count.  `since`: from which
+    byte of the output a match counts.
     """
 
     thread: Name
     process_id: Name
     rules: list[RuleText] = []
     asked_at: Seconds | None = None
+    since: Offset = 0
 
 
 class NeverMind(Body, frozen=True, kw_only=True):

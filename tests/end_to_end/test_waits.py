@@ -46,6 +46,30 @@ async def begun(wait: asyncio.Task[WaitRow], home: Home) -> None:
 
 
 @pytest.mark.parametrize("asleep", [False, True], ids=["awake", "asleep"])
+async def test_only_what_was_printed_from_the_byte_that_is_named_counts(
+    home: Home, host: outlive.Host, fifo: Fifo, asleep: bool
+) -> None:
+    thread, pipe = await host.thread("t"), fifo("say")
+    process_id = await sayer(thread, pipe)
+    if asleep:
+        await thread.detach()
+    prompt = {"output": "> "}
+    pipe.write_text("> one \n")
+    assert (await thread.wait_until(process_id, prompt)).offset == 0
+    wait = asyncio.create_task(thread.wait_until(process_id, prompt, since=1))
+    await begun(wait, home)
+    pipe.write_text("> two\n")
+    assert (await wait).offset == 6
+    await thread.kill(process_id, signal="KILL")
+    await thread.wait(process_id)
+    # The same of one that has ended, and of which only the record is left.
+    for _ in range(2):
+        found = [(await thread.wait_until(process_id, prompt, since=since)).offset for since in (0, 1, 6, 7)]
+        assert found == [0, 6, 6, None]
+        await thread.write_stdin(process_id)
+
+
+@pytest.mark.parametrize("asleep", [False, True], ids=["awake", "asleep"])
 async def test_output_is_found_across_pieces_and_a_sleeping_thread_stays_asleep(
     home: Home, host: outlive.Host, fifo: Fifo, asleep: bool
 ) -> None:
