@@ -299,7 +299,7 @@ async def wait(thread: Thread, given: vocabulary.Wait, longest: float | None) ->
             )
         seconds = min(seconds, longest)
     ids = list(dict.fromkeys(given.session_ids))
-    waits = {one: asyncio.create_task(thread.wait_until(str(one), *rules)) for one in ids}
+    waits = {one: asyncio.create_task(thread.wait_until(str(one), *rules, since=given.cursor)) for one in ids}
     try:
         when = asyncio.FIRST_COMPLETED if given.any else asyncio.FIRST_EXCEPTION
         done, _ = await asyncio.wait(waits.values(), timeout=max(seconds, _LOOK), return_when=when)

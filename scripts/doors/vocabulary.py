@@ -139,9 +139,17 @@ class Wait(Arguments, frozen=True, kw_only=True):
         str | UnsetType,
         Meta(
             description="Until the output matches this regular expression (RE2: no look-around, no "
-            "back-references). What was printed before counts, too."
+            "back-references). What was printed before counts, too, from cursor on."
         ),
     ] = UNSET
+    cursor: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=OFFSET_MAX,
+            description="Byte of the output from which a match counts: 0, or what read_output called next_cursor.",
+        ),
+    ] = 0
     silence: Annotated[
         float | UnsetType, Meta(description="Until nothing was printed for so many seconds, from now on.")
     ] = UNSET

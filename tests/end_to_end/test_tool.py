@@ -138,6 +138,9 @@ def test_a_wait_is_over_when_any_or_all_of_what_it_is_for_has_come_true(tool: Sh
     assert waited(ended, ending, lasting, timeout_ms=0) == (["exit", "exit", ""], True)
     assert waited(ended, ending) == (["exit", "exit"], False)
     assert waited(lasting, silence=0.2) == (["silence"], False)
+    prompting = session("echo ready; sleep 1000")
+    assert waited(prompting, match="ready") == (["match"], False)
+    assert waited(prompting, match="ready", cursor=1, timeout_ms=300) == ([""], True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert waited(lasting, ending, port=listener.getsockname()[1]) == (["port", ""], False)
     text = tool("wait", json.dumps({"session_ids": [ending, lasting], "match": "never", "timeout_ms": 300})).stdout
