@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import outlive
-from outlive.scripts.doors.catalogue import TOOLS
+from outlive.scripts.doors.catalogue import TOOLS, call
 
 from .agents import OUTLIVE, environment
 from .conftest import Home
@@ -124,44 +124,50 @@ async def test_the_screen_is_what_a_person_would_see(tool: Shell, host: outlive.
     assert text.startswith(f"Session {session}: 80 columns, 24 rows; hidden cursor at row 2, column 8\n")
 
 
-def test_a_wait_is_over_when_any_or_all_of_what_it_is_for_has_come_true(tool: Shell) -> None:
-    def session(cmd: str) -> int:
-        return int(tool.answer("exec_command", cmd=cmd, yield_time_ms=250)["session_id"])
+async def test_a_wait_is_over_when_any_or_all_of_what_it_is_for_has_come_true(host: outlive.Host) -> None:
+    thread = await host.thread("default")
 
-    def waited(*sessions: int, **arguments: Any) -> tuple[list[str], bool]:
-        answer = tool.answer("wait", session_ids=list(sessions), **arguments)
+    async def session(cmd: str) -> int:
+        answer = await call(thread, "exec_command", {"cmd": cmd, "yield_time_ms": 250})
+        return int(answer.structured()["session_id"])
+
+    async def waited(*sessions: int, **arguments: Any) -> tuple[list[str], bool]:
+        answer = (await call(thread, "wait", {"session_ids": sessions, **arguments})).structured()
         return [row.get("came_true", "") for row in answer["sessions"]], answer["timed_out"]
 
-    lasting, ending, ended = session("sleep 1000"), session("sleep 1; exit 3"), session("sleep 0.3")
-    assert waited(lasting, ending, any=True) in ((["", "exit"], False), (["exit", ""], False))
+    lasting, ended = await session("echo ready; sleep 1000"), await session("sleep 0.3; exit 3")
+    assert await waited(lasting, ended, any=True) == (["", "exit"], False)
     # What has ended is known to have, however short the wait.
-    assert waited(ended, ending, lasting, timeout_ms=0) == (["exit", "exit", ""], True)
-    assert waited(ended, ending) == (["exit", "exit"], False)
-    assert waited(lasting, silence=0.2) == (["silence"], False)
-    prompting = session("echo ready; sleep 1000")
-    assert waited(prompting, match="ready") == (["match"], False)
-    assert waited(prompting, match="ready", cursor=1, timeout_ms=300) == ([""], True)
+    assert await waited(ended, lasting, timeout_ms=0) == (["exit", ""], True)
+    assert await waited(ended) == (["exit"], False)
+    assert await waited(lasting, silence=0.2) == (["silence"], False)
+    assert await waited(lasting, match="ready") == (["match"], False)
+    assert await waited(lasting, match="ready", cursor=1, timeout_ms=300) == ([""], True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert waited(lasting, ending, port=listener.getsockname()[1]) == (["port", ""], False)
-    text = tool("wait", json.dumps({"session_ids": [ending, lasting], "match": "never", "timeout_ms": 300})).stdout
-    assert text == (
-        f"Session {ending}: Process exited with code 3, before what was waited for came true\n"
-        f"Session {lasting}: running; not yet\nTimed out; call wait again to go on waiting.\n"
+        assert await waited(lasting, ended, port=listener.getsockname()[1]) == (["port", ""], False)
+    never = {"session_ids": [ended, lasting], "match": "never", "timeout_ms": 300}
+    assert (await call(thread, "wait", never)).text() == (
+        f"Session {ended}: Process exited with code 3, before what was waited for came true\n"
+        f"Session {lasting}: running; not yet\nTimed out; call wait again to go on waiting."
     )
 
 
-async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(tool: Shell, host: outlive.Host) -> None:
-    started = tool.answer("exec_command", cmd="seq 100000", max_output_tokens=100)
-    assert started["original_token_count"] == 147_224
-    (warning,) = started["warnings"]
-    (row,) = tool.answer("list_sessions", all=True)["sessions"]
-    session = row["session_id"]
-    assert warning == f"the output is shortened; read_output of session {session} has all of it"
+async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(host: outlive.Host) -> None:
+    thread = await host.thread("default")
 
-    first = tool.answer("read_output", session_id=session, max_output_tokens=1000)
+    async def answer(name: str, **arguments: Any) -> dict[str, Any]:
+        return (await call(thread, name, arguments)).structured()
+
+    started = await answer("exec_command", cmd="seq 100000", max_output_tokens=100)
+    assert started["original_token_count"] == 147_224
+    ((row,),) = (await answer("list_sessions", all=True)).values()
+    session = row["session_id"]
+    assert started["warnings"] == [f"the output is shortened; read_output of session {session} has more of it"]
+
+    first = await answer("read_output", session_id=session, max_output_tokens=1000)
     assert first["output"] == "".join(f"{n}\n" for n in range(1, 2000))[:4000]
     assert (first["cursor"], first["next_cursor"], first["bytes_written"]) == (0, 4000, 588_895)
-    second = tool.answer("read_output", session_id=session, max_output_tokens=1000, cursor=4000)
+    second = await answer("read_output", session_id=session, max_output_tokens=1000, cursor=4000)
     assert first["output"] + second["output"] == "".join(f"{n}\n" for n in range(1, 3000))[:8000]
-    last = tool.answer("read_output", session_id=session, tail=2)
+    last = await answer("read_output", session_id=session, tail=2)
     assert (last["output"], last["next_cursor"]) == ("99999\n100000\n", 588_895)
