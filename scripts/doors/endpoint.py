@@ -68,7 +68,7 @@ class Guard:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).hostname not in LOOPBACK:
+            if origin is not None and _host_of(origin) not in LOOPBACK:
                 answer = PlainTextResponse(f"Origin: {origin[:200]}: web pages from elsewhere are refused\n", 403)
                 return await answer(scope, receive, send)
             if not hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted):
@@ -79,6 +79,13 @@ class Guard:
                 )
                 return await answer(scope, receive, send)
         await self._app(scope, receive, send)
+        return None
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
         return None
 
 

@@ -241,19 +241,6 @@ async def test_over_http_the_token_is_asked_for_and_foreign_pages_are_refused(ho
         assert own.status_code not in (401, 403, 421)
 
 
-def test_the_token_of_http_is_made_once_for_you_alone(home_path: Path) -> None:
-    from outlive.common.paths import Paths
-    from outlive.scripts.doors.endpoint import token_of
-
-    paths = Paths.from_environment({"OUTLIVE_HOME": str(home_path)})
-    token, source = token_of(paths, {})
-    assert len(token) >= 40
-    assert Path(source).stat().st_mode & 0o777 == 0o600
-    assert token_of(paths, {}) == (token, source)
-    with pytest.raises(outlive.BadRequest, match="OUTLIVE_MCP_TOKEN: 5 characters; use at least 16, of ASCII"):
-        token_of(paths, {"OUTLIVE_MCP_TOKEN": "short"})
-
-
 async def test_without_a_broker_and_without_leave_to_start_one_a_model_is_told_so(home: Home) -> None:
     async with over_stdio(home.path, "--no-start") as client:
         assert "no broker" in await refused(client, "list_sessions")

@@ -1,0 +1,60 @@
+"""Who is let through to the server over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2
+import pytest
+from starlette.responses import PlainTextResponse
+
+from outlive.common.errors import BadRequest
+from outlive.common.paths import Paths
+from outlive.scripts.doors.endpoint import Guard, token_of
+
+RIGHT = {"Authorization": "Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "secret"}, 401),
+        ({"Authorization": "Bearer sécret".encode()}, 401),
+        (RIGHT, 200),
+        ({**RIGHT, "Origin": "https://example.com"}, 403),
+        ({**RIGHT, "Origin": "https://localhost.example.com"}, 403),
+        ({**RIGHT, "Origin": "null"}, 403),
+        ({**RIGHT, "Origin": "http://[::"}, 403),
+        ({**RIGHT, "Origin": "http://localhost:3000"}, 200),
+        ({**RIGHT, "Origin": "http://[::1]:3000"}, 200),
+    ],
+)
+async def test_only_who_has_the_token_and_is_no_page_from_elsewhere_is_let_through(
+    headers: dict[str, str | bytes], status: int
+) -> None:
+    transport = httpx2.ASGITransport(app=Guard(PlainTextResponse("inside"), "secret"))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://any") as web:
+        answer = await web.post("/mcp", headers=headers)
+        assert answer.status_code == status
+        assert (answer.text == "inside") == (status == 200)
+
+
+def test_the_token_is_made_once_for_you_alone(tmp_path: Path) -> None:
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path / "h")})
+    token, source = token_of(paths, {})
+    assert len(token) >= 40
+    assert Path(source).stat().st_mode & 0o777 == 0o600
+    assert token_of(paths, {}) == (token, source)
+    assert [path.name for path in paths.state.iterdir()] == ["mcp-token"]
+    Path(source).write_text("")
+    with pytest.raises(BadRequest, match="holds no token; remove it, and a new one is made"):
+        token_of(paths, {})
+
+
+def test_a_token_that_can_be_guessed_is_refused(tmp_path: Path) -> None:
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
+    assert token_of(paths, {"OUTLIVE_MCP_TOKEN": "x" * 16}) == ("x" * 16, "OUTLIVE_MCP_TOKEN")
+    with pytest.raises(BadRequest, match="OUTLIVE_MCP_TOKEN: 5 characters; use at least 16, of ASCII"):
+        token_of(paths, {"OUTLIVE_MCP_TOKEN": "short"})
