@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 import mcp_types as types
-from mcp.server.context import ServerRequestContext
+from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.lowlevel.server import Server
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
@@ -74,6 +74,7 @@ class Bridge:
             on_unsubscribe_resource=transcripts.unsubscribe if standing else None,
             on_subscriptions_listen=transcripts.listen,
         )
+        self.server.middleware.append(_bounded)
         self.server.extensions[EXTENSION] = {}
         for method, handler in (
             ("tasks/get", self._tasks.get),
@@ -112,10 +113,7 @@ class Bridge:
                 async with asyncio.timeout(SILENCE_MAX):
                     return await self._result(params.name, arguments, LONGEST)
             except TimeoutError:
-                return _failed(
-                    f"{params.name}: no answer within {SILENCE_MAX:g} s, so what it has done is not known; see "
-                    "list_sessions, and `outlive doctor` in a shell"
-                )
+                return _failed(f"{_silence(params.name)}; what it has done, list_sessions shows")
         return await self._with_progress(ctx, params.name, arguments)
 
     async def _with_progress(self, ctx: Context, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
@@ -139,6 +137,21 @@ class Bridge:
         return types.CallToolResult(
             content=[types.TextContent(text=answer.text())], structured_content=answer.structured()
         )
+
+
+async def _bounded(ctx: Context, call_next: CallNext) -> HandlerResult:
+    """Have no other request be silent for longer than a call may: it is answered with an error."""
+    if ctx.method in ("tools/call", "subscriptions/listen"):
+        return await call_next(ctx)
+    try:
+        async with asyncio.timeout(SILENCE_MAX):
+            return await call_next(ctx)
+    except TimeoutError:
+        raise MCPError(types.INTERNAL_ERROR, _silence(ctx.method)) from None
+
+
+def _silence(what: str) -> str:
+    return f"{what}: no answer within {SILENCE_MAX:g} s; `outlive doctor` in a shell says what is wrong"
 
 
 def _failed(text: str) -> types.CallToolResult:

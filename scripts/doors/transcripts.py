@@ -24,7 +24,7 @@ from mcp.shared.exceptions import MCPError
 from ...common.client import FOLLOW_MS, Thread, to_builtins
 from ...common.errors import OutliveError, UnknownThread
 from ...common.messages import OFFSET_MAX
-from ...common.paths import check_process
+from ...common.names import check_process
 from .catalogue import gap_text, in_order
 
 # Seconds between two notices about one transcript: a flood is no reason for a flood of them.

@@ -224,7 +224,7 @@ class Reply(Answer, frozen=True, kw_only=True):
         """Return what agents get of a response, and where the rest is of one that was shortened."""
         warnings = list(response.warnings)
         if response.original_token_count > max_output_tokens:
-            warnings.append(f"the output is shortened; read_output of session {response.process_id} has all of it")
+            warnings.append(f"the output is shortened; read_output of session {response.process_id} has more of it")
         return cls(
             chunk_id=response.chunk_id,
             wall_time_seconds=round(response.wall_time_seconds, 4),

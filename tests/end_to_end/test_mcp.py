@@ -262,10 +262,20 @@ async def test_no_call_is_silent_for_longer_than_it_may(
             "silence: 60: the answer has to come within 0.3 s here, so that so long a silence cannot be seen; use "
             "less than 0.3"
         )
-        monkeypatch.setattr(bridge, "LONGEST", 60.0)
-        monkeypatch.setattr(bridge, "SILENCE_MAX", 0.3)
-        said = await refused(client, "wait", **waits)
-        assert said.startswith("wait: no answer within 0.3 s, so what it has done is not known")
+
+
+async def test_of_a_broker_that_is_stopped_every_request_tells_in_time(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "SILENCE_MAX", 0.3)
+    async with Client(Bridge(a_thread(host)).server) as client:
+        pid = (await host.status())["broker_pid"]
+        os.kill(pid, signal.SIGSTOP)
+        silence = "no answer within 0.3 s; `outlive doctor` in a shell says what is wrong"
+        assert (await refused(client, "list_sessions")).startswith(f"list_sessions: {silence}")
+        with pytest.raises(MCPError, match=f"resources/list: {silence}"):
+            await client.list_resources()
+        os.kill(pid, signal.SIGCONT)
 
 
 class TaskHandle(types.Result):

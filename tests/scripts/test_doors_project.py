@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outlive.common.paths import check_thread
+from outlive.common.names import check_thread
 from outlive.scripts.doors.project import thread_of_folder
 
 
