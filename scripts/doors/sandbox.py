@@ -236,6 +236,12 @@ class OutliveSandboxClient(UnixLocalSandboxClient):
         manifest = manifest or Manifest()
         options = options or OutliveSandboxClientOptions()
         self._validate_manifest_for_create(manifest)
+        for grant in manifest.extra_path_grants:
+            if grant.host_path is not None:
+                raise ValueError(
+                    f"manifest: the grant of {grant.path} has the host_path {grant.host_path}; "
+                    "here both are one path: leave host_path out"
+                )
         session_id = uuid.uuid4()
         owned = manifest.root == _DEFAULT_ROOT
         if owned:
