@@ -44,6 +44,7 @@ from agents.sandbox.types import User
 
 from ...common.client import Thread, connect
 from ...common.errors import (
+    BadRequest,
     ExpiredProcess,
     OutliveError,
     SpawnError,
@@ -52,7 +53,7 @@ from ...common.errors import (
     UnknownThread,
 )
 from ...common.messages import ProcessRow
-from ...common.paths import Paths, private_folder
+from ...common.paths import Paths, check_process, private_folder
 from ...common.response import Response
 
 # Without a limit of the caller's the SDK wants everything; a transcript keeps less than this, in tokens of 4 bytes.
@@ -148,7 +149,11 @@ class OutliveSandboxSession(UnixLocalSandboxSession):
         for an id that is not known, or no longer, `RuntimeError` for input to a process without a terminal.
         """
         if session_id in self._told:
-            raise PtySessionNotFoundError(session_id=session_id, context={"reason": "its end was told before"})
+            raise _not_found(session_id, "its end was told before")
+        try:
+            check_process(str(session_id))
+        except BadRequest as error:
+            raise _not_found(session_id, error) from error
         try:
             async with self._thread() as thread:
                 response = await thread.write_stdin(
@@ -158,15 +163,13 @@ class OutliveSandboxSession(UnixLocalSandboxSession):
                     max_output_tokens=_tokens(max_output_tokens),
                 )
         except (UnknownProcess, UnknownThread, ExpiredProcess) as error:
-            raise PtySessionNotFoundError(
-                session_id=session_id, context={"reason": str(error)}, cause=error
-            ) from error
+            raise _not_found(session_id, error) from error
         except StdinClosed as error:
             raise RuntimeError("stdin is not available for this process") from error  # the SDK looks at this text
         except OutliveError as error:
             raise _transport_error(("write_stdin", str(session_id)), error) from error
         if (response.outcome or {}).get("by") == "shutdown":
-            raise PtySessionNotFoundError(session_id=session_id, context={"reason": "a run that is over ended it"})
+            raise _not_found(session_id, "a run that is over ended it")
         if response.session_id is None:
             self._told.add(session_id)
         return _update(response)
@@ -297,6 +300,10 @@ def _milliseconds(seconds: float | None, default: int) -> int:
 
 def _tokens(limit: int | None) -> int:
     return _NO_LIMIT if limit is None else max(0, min(limit, _NO_LIMIT))
+
+
+def _not_found(session_id: int, reason: object) -> PtySessionNotFoundError:
+    return PtySessionNotFoundError(session_id=session_id, context={"reason": str(reason)})
 
 
 def _transport_error(command: Sequence[str], error: OutliveError) -> ExecTransportError:

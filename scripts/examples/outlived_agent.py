@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from agents import RunConfig, Runner, SQLiteSession
@@ -49,12 +50,9 @@ def saved() -> SandboxSessionState | None:
 async def ask(agent: SandboxAgent, question: str) -> str:
     """Have the agent answer; the session stays open, so that what it has started runs on."""
     sandbox = await sandbox_of_last_time()
-    result = await Runner.run(
-        agent,
-        question,
-        session=SQLiteSession("conversation", "conversation.db"),
-        run_config=RunConfig(sandbox=SandboxRunConfig(session=sandbox)),
-    )
+    run_config = RunConfig(sandbox=SandboxRunConfig(session=sandbox))
+    with closing(SQLiteSession("conversation", "conversation.db")) as conversation:
+        result = await Runner.run(agent, question, session=conversation, run_config=run_config)
     return str(result.final_output)
 
 

@@ -106,7 +106,7 @@ async def test_a_process_answers_under_its_id_and_tells_its_end_once(sandbox: Sa
     ended = await sandbox.pty_write_stdin(session_id=started.process_id, chars="x\n", yield_time_s=30)
     assert (ended.process_id, ended.exit_code, ended.output) == (None, 3, b"got x\r\n")
     assert ended.original_token_count == 2
-    for unknown in (started.process_id, 999_999):
+    for unknown in (started.process_id, 999_999, -1, 10**30):
         with pytest.raises(PtySessionNotFoundError, match=f"PTY session not found: {unknown}"):
             await sandbox.pty_write_stdin(session_id=unknown, chars="")
 
@@ -124,9 +124,17 @@ async def test_without_a_terminal_a_process_takes_no_input_and_is_polled(
     assert (ended.exit_code, ended.output) == (0, b"out\nerr\n")
 
 
-async def test_a_signal_is_a_negative_exit_code_and_a_long_output_is_shortened(sandbox: SandboxSession) -> None:
+async def test_a_signal_is_a_negative_exit_code_and_warnings_and_truncation_are_in_the_output(
+    sandbox: SandboxSession,
+) -> None:
     shot = await sandbox.pty_exec_start("kill -9 $$")
     assert (shot.process_id, shot.exit_code) == (None, -9)
+    process_id = await start(sandbox, "sleep", "1000")
+    async with outlive.connect() as host:
+        await outlive.Thread(host, thread_of(sandbox)).kill(str(process_id), signal="KILL")
+        await outlive.Thread(host, thread_of(sandbox)).wait(str(process_id))
+    ended = await sandbox.pty_write_stdin(session_id=process_id, chars="x")
+    assert (ended.exit_code, ended.output) == (-9, b"Warning: the process has ended; nothing was typed\n")
     long = await sandbox.pty_exec_start("printf %01000d 7", max_output_tokens=10)
     assert long.original_token_count == 250
     assert long.output.decode() == "0" * 20 + "…240 tokens truncated…" + "0" * 19 + "7"
@@ -255,6 +263,21 @@ async def test_a_resumed_session_has_its_processes_and_its_workspace_as_it_was(
     assert gone.value.context["reason"] == "a run that is over ended it"
     await third.aclose()
     await client.delete(third)
+
+
+async def test_a_state_written_down_before_the_start_leads_to_what_lives_by_now(
+    client: outlive.OutliveSandboxClient,
+) -> None:
+    first = await client.create(manifest=Manifest(entries={"file": File(content=b"of the manifest")}))
+    text = saved(client, first)
+    await first.start()
+    process_id = await start(first, "cat")
+    await first.exec("echo changed >file")
+    second = await resumed(text)
+    assert (await second.exec("cat file")).stdout == b"changed\n"
+    assert (await second.pty_write_stdin(session_id=process_id, chars="x\n")).output == b"x\r\nx\r\n"
+    await second.aclose()
+    await client.delete(second)
 
 
 @pytest.mark.parametrize("ending", ["stop", "shutdown", "aclose", "pty_terminate_all"])
