@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
-async def client() -> outlive.OutliveSandboxClient:
+def client() -> outlive.OutliveSandboxClient:
     return outlive.OutliveSandboxClient()
 
 
@@ -150,9 +150,7 @@ async def test_what_cannot_be_started_says_why(sandbox: SandboxSession) -> None:
         await sandbox.pty_exec_start("true")
 
 
-async def test_a_lost_process_says_so_and_has_no_exit_code(
-    home: Home, client: outlive.OutliveSandboxClient, sandbox: SandboxSession
-) -> None:
+async def test_a_lost_process_says_so_and_has_no_exit_code(home: Home, sandbox: SandboxSession) -> None:
     process_id = await start(sandbox, "sleep", "1000")
     async with outlive.connect() as host:
         await outlive.Thread(host, thread_of(sandbox)).detach()
@@ -166,7 +164,7 @@ async def test_a_lost_process_says_so_and_has_no_exit_code(
 
 
 async def test_commands_have_the_environment_of_the_manifest_and_what_the_client_lets_through(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SECRET", "of the application")
     show = 'echo "$SECRET|$TERM|$MINE|$HOME|$PWD|$PAGER"'
@@ -280,15 +278,14 @@ async def test_a_state_written_down_before_the_start_leads_to_what_lives_by_now(
     await client.delete(second)
 
 
-@pytest.mark.parametrize("ending", ["stop", "shutdown", "aclose", "pty_terminate_all"])
-async def test_the_end_of_a_run_ends_its_processes(client: outlive.OutliveSandboxClient, ending: str) -> None:
-    session = await client.create()
-    await session.start()
-    process_id = await start(session, "sleep", "1000")
-    await getattr(session, ending)()
-    assert await living() == []
-    with pytest.raises(PtySessionNotFoundError):
-        await session.pty_write_stdin(session_id=process_id, chars="")
+async def test_the_end_of_a_run_ends_its_processes(client: outlive.OutliveSandboxClient) -> None:
+    async with await client.create() as session:
+        for end in (session.stop, session.shutdown, session.pty_terminate_all, session.aclose):
+            process_id = await start(session, "sleep", "1000")
+            await end()
+            assert await living() == []
+            with pytest.raises(PtySessionNotFoundError):
+                await session.pty_write_stdin(session_id=process_id, chars="")
     await client.delete(session)
 
 
@@ -319,20 +316,28 @@ async def test_a_session_that_starts_no_process_needs_no_broker(home: Home) -> N
     assert home.pids() == []
 
 
-async def test_a_call_is_answered_though_worker_and_broker_are_killed_within_it(
-    home: Home, sandbox: SandboxSession
+async def test_a_call_is_answered_and_counts_once_though_worker_and_broker_are_killed_within_it(
+    home: Home, sandbox: SandboxSession, fifo: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    line = "stty -echo; echo ready; while read line; do echo got $line; done"
-    process_id = await start(sandbox, "sh", "-c", line)
-    await until_said(home, thread_of(sandbox), str(process_id), b"ready")
-    call = asyncio.create_task(sandbox.pty_write_stdin(session_id=process_id, chars="once\n", yield_time_s=2))
+    async def kill_both() -> None:
+        async with outlive.connect() as host:
+            await home.kill_worker(host, thread_of(sandbox))
+        await kill_broker(home)
+
+    go, runs = fifo("go"), tmp_path / "runs"
+    line = f"echo run >>{runs}; stty -echo; read go <{go}; while read line; do echo got $line; done"
+    call = asyncio.create_task(sandbox.pty_exec_start(line, tty=True, yield_time_s=3))
+    await eventually(runs.exists)
+    await kill_both()
+    started = await call
+    assert (started.process_id, await asyncio.to_thread(runs.read_text)) == (int(*await living()), "run\n")
+    await asyncio.to_thread(go.write_text, "go\n")
+    process_id = started.process_id or 0
+    call = asyncio.create_task(sandbox.pty_write_stdin(session_id=process_id, chars="once\n", yield_time_s=3))
     await until_said(home, thread_of(sandbox), str(process_id), b"got once")
-    async with outlive.connect() as host:
-        await home.kill_worker(host, thread_of(sandbox))
-    await kill_broker(home)
+    await kill_both()
     reply = await call
-    assert reply.process_id == process_id
-    assert reply.output.count(b"got once") == 1
+    assert (reply.process_id, reply.output) == (process_id, b"got once\r\n")
 
 
 # Agents.
@@ -388,9 +393,7 @@ asyncio.run(ask(SandboxAgent(name="scripted", model=model), "How much is 6 * 7?"
 """
 
 
-async def test_the_code_of_the_readme_finds_its_repl_after_kill_9_of_the_application(
-    home: Home, tmp_path: Path
-) -> None:
+async def test_the_code_of_the_readme_finds_its_repl_after_kill_9_of_the_application(tmp_path: Path) -> None:
     section = README.split("\n## In the Agents SDK\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     process = await asyncio.create_subprocess_exec(
@@ -447,7 +450,7 @@ async def test_the_processes_of_a_run_that_made_its_own_session_are_ended_with_i
 
 
 async def test_the_example_goes_on_with_its_shell_and_ends_it(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(ROOT / "scripts" / "examples" / "outlived_agent.py"))
