@@ -77,7 +77,7 @@ class OutliveSandboxClientOptions(BaseSandboxClientOptions):
 
 
 class OutliveSandboxSessionState(UnixLocalSandboxSessionState):
-    """What finds a session again: it serializes, and holds no secret."""
+    """What finds a session again; `OutliveSandboxClient.serialize_session_state` makes JSON of it."""
 
     type: Literal["outlive"] = "outlive"  # type: ignore[assignment]  # a state's type is its backend's name
     keep_on_exit: bool = False
@@ -119,7 +119,6 @@ class OutliveSandboxSession(UnixLocalSandboxSession):
         own = {**await self.state.manifest.environment.resolve(), "HOME": str(root)}
         try:
             async with self._thread() as thread:
-                await thread.host.thread(thread.thread_id)
                 response = await thread.exec_command(
                     argv,
                     workdir=root,
