@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -58,7 +60,12 @@ def application(
     """Run an application, and kill it when it has nothing more to do; return what it said."""
 
     async def live() -> None:
-        said.send(await act(client(), given))
+        try:
+            said.send(await act(client(), given))
+        except Exception:
+            traceback.print_exc()
+        finally:
+            said.close()  # at once: the SDK's threads may keep a process that has failed
         await asyncio.Event().wait()
 
     hearing, said = _FORK.Pipe(duplex=False)
@@ -76,6 +83,8 @@ def application(
 
 def main() -> int:
     """Compare."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: leave nothing running
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     print("A REPL knows x = 6 * 7.  kill -9 of the application; the next resumes its sandbox and types print(x):\n")
     with home.temporary_home() as folder:
         for client in (UnixLocalSandboxClient, OutliveSandboxClient):
