@@ -53,7 +53,8 @@ from ...common.errors import (
     UnknownThread,
 )
 from ...common.messages import ProcessRow
-from ...common.paths import Paths, check_process, private_folder
+from ...common.names import check_process
+from ...common.paths import Paths, private_folder
 from ...common.response import Response
 
 # Without a limit of the caller's the SDK wants everything; a transcript keeps less than this, in tokens of 4 bytes.
