@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Before any of it is loaded: no thread of the SDK's is to wait for traces.
-os.environ["OPENAI_AGENTS_DISABLE_TRACING"] = "1"
-
-from agents import RunConfig, Runner, RunState, function_tool
+from agents import RunConfig, Runner, RunState, function_tool, set_tracing_disabled
 from agents.sandbox import LocalSnapshotSpec, Manifest, SandboxAgent, SandboxRunConfig
 from agents.sandbox.capabilities import Shell
 from agents.sandbox.entries import File
@@ -41,9 +37,10 @@ import outlive
 from .conftest import HELD, PYTHON, Home, eventually, lives
 from .test_broker_restarts import kill_broker, until_said
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
+set_tracing_disabled(True)
 pytestmark = pytest.mark.usefixtures("home")
 
 
@@ -397,7 +394,10 @@ async def test_the_code_of_the_readme_finds_its_repl_after_kill_9_of_the_applica
     section = README.split("\n## In the Agents SDK\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code + APPLICATION, cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", code + APPLICATION),
+        cwd=tmp_path,
+        env={**os.environ, "OPENAI_AGENTS_DISABLE_TRACING": "1"},
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
     repl = int(await process.stdout.readline())
