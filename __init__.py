@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from .common.outcome import Outcome
     from .common.program import ProcessSummary, Wake
     from .common.response import Response
+    from .scripts.doors.sandbox import OutliveSandboxClient as OutliveSandboxClient
+    from .scripts.doors.sandbox import OutliveSandboxClientOptions as OutliveSandboxClientOptions
+    from .scripts.doors.sandbox import OutliveSandboxSession as OutliveSandboxSession
+    from .scripts.doors.sandbox import OutliveSandboxSessionState as OutliveSandboxSessionState
     from .worker.agent import Session
 
 _HOMES = {
@@ -54,6 +58,13 @@ _HOMES = {
     "common.outcome": ("Outcome",),
     "common.program": ("ProcessSummary", "Wake"),
     "common.response": ("Response",),
+    # Of an extra, so not in `__all__`: `from outlive import *` would load the Agents SDK.
+    "scripts.doors.sandbox": (
+        "OutliveSandboxClient",
+        "OutliveSandboxClientOptions",
+        "OutliveSandboxSession",
+        "OutliveSandboxSessionState",
+    ),
     "worker.agent": ("Session",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

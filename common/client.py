@@ -350,6 +350,7 @@ class Thread:
         shell: str | None = None,
         login: bool = True,
         env: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
         call_id: str | None = None,
         wake_on: Sequence[object] = (),
     ) -> Response:
@@ -358,8 +359,8 @@ class Thread:
         `cmd`: text is a shell command line (run by `shell`, else the caller's, as a `login` shell), a list an
         argv.  `workdir`: default the caller's directory.  `size`: columns and rows of the terminal.
         `yield_time_ms`: clamped to 250–30000.  `max_output_tokens`: of 4 bytes; what is longer keeps head and tail.
-        `env`: added to the caller's environment.  `call_id`: the same
-        id again returns the same process and starts nothing; made up when not given.
+        `env`: added to the `environment`, which is by default the caller's.  `call_id`: the same id again returns
+        the same process and starts nothing; made up when not given.
         `wake_on`: what wakes the thread, besides what it does by itself: rules, see `rules`, such as `"exit"` or
         `{"output": "error:"}`; whatever they are, the end of the process wakes it while one of them is open.
         Raises `SpawnError` with its stage when the program never ran, `LimitReached`, `BadRequest`.
@@ -370,8 +371,8 @@ class Thread:
             thread=self.thread_id,
             cmd=cmd if isinstance(cmd, str) else [os.fsencode(word) for word in cmd],
             workdir=os.fsencode(os.path.join(here, workdir) if workdir is not None else here),
-            environment=dict(os.environb),
-            overrides={os.fsencode(name): os.fsencode(value) for name, value in (env or {}).items()},
+            environment=dict(os.environb) if environment is None else _encoded(environment),
+            overrides=_encoded(env or {}),
             call_id=call_id or secrets.token_hex(8),
             shell=None if shell is None else os.fsencode(shell),
             login=login,
@@ -618,6 +619,10 @@ class Thread:
         """End the thread's worker and attached processes; `all`: its detached ones too."""
         body = Shutdown(thread=self.thread_id, all=all)
         return (await self.host.call(body, list[ThreadRow], None))[0]
+
+
+def _encoded(environment: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
 
 
 def to_builtins(value: Any) -> Any:

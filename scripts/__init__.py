@@ -12,13 +12,14 @@ Read in this order; each program stands after what it is made of.
     views        the commands that look, and change nothing.
     waiting      the commands about rules: wait and watch.
     orders       the commands that change something.
-    doors/       agents that know nothing of outlive: the tools, `outlive mcp` and `outlive tool`.
+    doors/       agents that know nothing of outlive: `outlive mcp` and `outlive tool`, a sandbox of the Agents SDK.
     cli          `outlive`, the command line.
     examples/    agents to start from.
 
     home         an OUTLIVE_HOME for one run of the next three programs, emptied and removed at its end.
     demo         the main job on real input, told as a story; checks each of its claims.
     flood        a child that floods numbered lines, and what must then be in its transcript.
+    compare      the Agents SDK's local sandbox and ours, when the application is killed.
     mayhem/      what chaos is made of: children whose truth is known, deaths at chosen moments, the accounts.
     chaos        random deaths under flood; prints what was lost, which must be nothing.
     baselines    what outlive is compared with: a C reader, a bare spawn, a bare descriptor.

@@ -43,6 +43,7 @@ class Session(Thread):
         shell: str | None = None,
         login: bool = True,
         env: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
         call_id: str | None = None,
         wake_on: Sequence[object] = (),
     ) -> Response:
@@ -61,6 +62,7 @@ class Session(Thread):
             shell=shell,
             login=login,
             env=env,
+            environment=environment,
             call_id=call_id or self._name(cmd, workdir),
             wake_on=wake_on,
         )

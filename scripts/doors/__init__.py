@@ -1,4 +1,4 @@
-"""The doors by which agents come in that know nothing of outlive: the tools, over MCP and in a shell.
+"""The doors by which agents come in that know nothing of outlive: the tools, over MCP and in a shell; a sandbox.
 
 Read in this order; a module imports only from those above it, and from `common`.
     schema       types as JSON Schema, and wrong arguments as sentences.
@@ -10,6 +10,7 @@ Read in this order; a module imports only from those above it, and from `common`
     bridge       the server of the Model Context Protocol, on standard input and output.
     endpoint     the same server over HTTP.
     commands     `outlive mcp` and `outlive tool`.
+    sandbox      OpenAI's Agents SDK: a sandbox client and its sessions; it needs none of the others.
 
 The first four load neither `mcp` nor `pydantic`; `commands` loads the others late.
 """
