@@ -26,7 +26,8 @@ from mcp.shared.exceptions import MCPError
 
 from ...common.client import Thread
 from ...common.errors import OutliveError
-from .catalogue import TOOLS, call
+from ..screen import Screens
+from .catalogue import TOOLS, Terms, call
 from .tasks import EXTENSION, TaskParams, Tasks
 from .transcripts import Transcripts
 
@@ -58,6 +59,7 @@ class Bridge:
         self._thread = thread
         self._tasks = Tasks(lambda arguments: self._result("wait", arguments, None))
         self._transcripts = transcripts = Transcripts(thread)
+        self._screens = Screens()
         self.server: Server[Any] = Server(
             "outlive",
             version=metadata.version("outlive"),
@@ -83,10 +85,11 @@ class Bridge:
         ):
             self.server.add_request_handler(method, TaskParams, handler)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Wait for nothing, and follow nothing, any more."""
         self._tasks.close()
         self._transcripts.close()
+        await self._screens.__aexit__()
 
     async def _list_tools(self, ctx: Context, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         return types.ListToolsResult(
@@ -131,7 +134,7 @@ class Bridge:
     async def _result(self, name: str, arguments: dict[str, Any], longest: float | None) -> types.CallToolResult:
         """Run a tool; what goes wrong is told to the model."""
         try:
-            answer = await call(self._thread, name, arguments, longest)
+            answer = await call(self._thread, name, arguments, Terms(longest, self._screens.of))
         except (OutliveError, OSError) as error:
             return _failed(str(error) or type(error).__name__)
         return types.CallToolResult(
@@ -165,4 +168,4 @@ async def serve_stdio(thread: Thread) -> None:
         async with stdio_server() as (incoming, outgoing):
             await bridge.server.run(incoming, outgoing, bridge.server.create_initialization_options())
     finally:
-        bridge.close()
+        await bridge.close()

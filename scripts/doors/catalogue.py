@@ -24,7 +24,7 @@ import secrets
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from msgspec import UNSET, structs
 
@@ -44,6 +44,9 @@ from . import vocabulary
 from .schema import schema_of, understood
 from .vocabulary import Answer, Arguments, of_outcome
 
+if TYPE_CHECKING:
+    from ..screen import Screen
+
 T = TypeVar("T")
 
 # What errors for people name, and what it is called here.
@@ -59,14 +62,14 @@ class Tool:
     """One tool.
 
     `read_only`: it changes nothing.  `destructive`: it may end or change what is there.  `idempotent`: again is the
-    same as once.  `run` gets the thread, the arguments, and how many seconds it may wait, `None`: as long as asked.
+    same as once.  `run` gets the thread, the arguments, and the terms of the call.
     """
 
     title: str
     description: str
     arguments: type[Arguments]
     answer: type[Answer]
-    run: Callable[[Thread, Any, float | None], Awaitable[Answer]]
+    run: Callable[[Thread, Any, Terms], Awaitable[Answer]]
     read_only: bool = False
     destructive: bool = False
     idempotent: bool = False
@@ -94,15 +97,33 @@ class Tool:
         }
 
 
-async def call(thread: Thread, name: str, arguments: object, longest: float | None = None) -> Answer:
-    """Run a tool; `longest`: seconds that it may wait, whatever the arguments say.
+async def _look_once(thread: Thread, process_id: str) -> Screen:
+    from ..screen import screen_of
+
+    return await screen_of(thread, process_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a tool is called.
+
+    `longest`: seconds that it may wait, whatever the arguments say; default: as long as they say.  `look`: renders
+    a screen; who calls for long has one that renders only what is new.
+    """
+
+    longest: float | None = None
+    look: Callable[[Thread, str], Awaitable[Screen]] = _look_once
+
+
+async def call(thread: Thread, name: str, arguments: object, terms: Terms = Terms()) -> Answer:
+    """Run a tool.
 
     Raises `BadRequest` for an unknown tool and wrong arguments, and what the client raises.
     """
     tool = tool_of(name)
     given = understood(tool.arguments, arguments)
     try:
-        return await tool.run(thread, given, longest)
+        return await tool.run(thread, given, terms)
     except (UnknownProcess, UnknownThread, ExpiredProcess) as error:
         raise type(error)(_unknown(thread, given, error)) from None
     except OutliveError as error:
@@ -143,7 +164,7 @@ async def _insisted(attempt: Callable[[], Awaitable[T]]) -> T:
         return await attempt()
 
 
-async def exec_command(thread: Thread, given: vocabulary.ExecCommand, longest: float | None) -> vocabulary.Reply:
+async def exec_command(thread: Thread, given: vocabulary.ExecCommand, terms: Terms) -> vocabulary.Reply:
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -156,7 +177,7 @@ async def exec_command(thread: Thread, given: vocabulary.ExecCommand, longest: f
             given.cmd,
             workdir=given.workdir or None,
             tty=given.tty,
-            yield_time_ms=_within(given.yield_time_ms, longest),
+            yield_time_ms=_within(given.yield_time_ms, terms.longest),
             max_output_tokens=given.max_output_tokens,
             shell=given.shell or None,
             login=given.login,
@@ -166,14 +187,14 @@ async def exec_command(thread: Thread, given: vocabulary.ExecCommand, longest: f
     return vocabulary.Reply.of(response, given.max_output_tokens)
 
 
-async def write_stdin(thread: Thread, given: vocabulary.WriteStdin, longest: float | None) -> vocabulary.Reply:
+async def write_stdin(thread: Thread, given: vocabulary.WriteStdin, terms: Terms) -> vocabulary.Reply:
     write_id = secrets.token_hex(8)
     try:
         response = await _insisted(
             lambda: thread.write_stdin(
                 str(given.session_id),
                 given.chars,
-                yield_time_ms=_within(given.yield_time_ms, longest),
+                yield_time_ms=_within(given.yield_time_ms, terms.longest),
                 max_output_tokens=given.max_output_tokens,
                 write_id=write_id,
             )
@@ -188,9 +209,7 @@ def _within(milliseconds: int, longest: float | None) -> int:
     return milliseconds if longest is None else min(milliseconds, int(longest * 1000))
 
 
-async def list_sessions(
-    thread: Thread, given: vocabulary.ListSessions, longest: float | None
-) -> vocabulary.Sessions:
+async def list_sessions(thread: Thread, given: vocabulary.ListSessions, terms: Terms) -> vocabulary.Sessions:
     try:
         rows = await thread.processes(ended=given.all)
     except UnknownThread:  # nothing was started yet
@@ -212,7 +231,7 @@ def _row(row: ProcessRow) -> vocabulary.SessionRow:
     )
 
 
-async def read_output(thread: Thread, given: vocabulary.ReadOutput, longest: float | None) -> vocabulary.Piece:
+async def read_output(thread: Thread, given: vocabulary.ReadOutput, terms: Terms) -> vocabulary.Piece:
     process_id, room = str(given.session_id), given.max_output_tokens * BYTES_PER_TOKEN
     start = given.cursor
     if given.tail is not UNSET:
@@ -287,11 +306,11 @@ def _piece(session_id: int, start: int, output: Output, room: int) -> vocabulary
     )
 
 
-async def wait(thread: Thread, given: vocabulary.Wait, longest: float | None) -> vocabulary.Waited:
+async def wait(thread: Thread, given: vocabulary.Wait, terms: Terms) -> vocabulary.Waited:
     named = {"output": given.match, "silence": given.silence, "port": given.port}
     rules = rules_of({kind: value} for kind, value in named.items() if value is not UNSET)
     seconds = given.timeout_ms / 1000
-    if longest is not None:
+    if (longest := terms.longest) is not None:
         if given.silence is not UNSET and given.silence >= longest:
             raise BadRequest(
                 f"silence: {given.silence:g}: the answer has to come within {longest:g} s here, so that so long a "
@@ -341,7 +360,7 @@ def _awaited(session_id: int, row: WaitRow | None) -> vocabulary.Awaited:
 
 
 async def terminate_session(
-    thread: Thread, given: vocabulary.TerminateSession, longest: float | None
+    thread: Thread, given: vocabulary.TerminateSession, terms: Terms
 ) -> vocabulary.Terminated:
     process_id = str(given.session_id)
     await thread.kill(process_id, after=given.grace_s)
@@ -352,10 +371,8 @@ async def terminate_session(
     return vocabulary.Terminated(session_id=given.session_id, state="ended", **of_outcome(outcome.to_wire()))
 
 
-async def screen(thread: Thread, given: vocabulary.Screen, longest: float | None) -> vocabulary.ScreenAnswer:
-    from ..screen import screen_of
-
-    found = await screen_of(thread, str(given.session_id))
+async def screen(thread: Thread, given: vocabulary.Screen, terms: Terms) -> vocabulary.ScreenAnswer:
+    found = await terms.look(thread, str(given.session_id))
     return vocabulary.ScreenAnswer(
         session_id=given.session_id,
         columns=found.columns,

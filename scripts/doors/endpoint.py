@@ -104,5 +104,5 @@ async def serve_http(thread: Thread, host: str, port: int, token: str, announce:
     try:
         await uvicorn.Server(config).serve([listener])
     finally:
-        bridge.close()
+        await bridge.close()
         listener.close()
