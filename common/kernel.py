@@ -24,6 +24,7 @@ _TFD_TIMER_ABSTIME = 1
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _PR_SET_PDEATHSIG = 1
+_SIGKILL = int(signal.SIGKILL)
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
 _MFD_NOEXEC_SEAL = 0x08
@@ -98,7 +99,7 @@ def become_subreaper() -> None:
 
 def die_with(parent: int) -> bool:
     """Be killed by the kernel when our parent dies; false if `parent` is our parent no more."""
-    _check(_prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    _check(_prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
     return os.getppid() == parent
 
 

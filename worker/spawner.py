@@ -31,7 +31,9 @@ import select
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import msgpack
@@ -63,7 +65,7 @@ class _Command(NamedTuple):
     times what it costs us.
     """
 
-    facts: Facts
+    argv: tuple[bytes, ...]
     environment: dict[bytes, bytes]
     transcript: int
     # As they were before we raised them.
@@ -185,11 +187,13 @@ class Spawner:
             early = handles.held()
             # The keeper is spared what may not come to run, unless there is no broker to hold it.
             kept = not self._deposit(facts, early, kept=self.keeper.there, strict=True) and self._keep(facts, early)
-            command = _Command(facts, dict(order["environment"]), handles.transcript, self.limits, os.getpid())
-            if facts.tty:
-                handles.terminal, pid = _fork_on_terminal(command)
-            else:
-                pid = _fork_on_pipe(command, output_write)
+            environment = dict(order["environment"])
+            command = _Command(facts.argv, environment, handles.transcript, self.limits, os.getpid())
+            with _in_directory(facts.cwd):
+                if facts.tty:
+                    handles.terminal, pid = _fork_on_terminal(command, (facts.rows, facts.columns))
+                else:
+                    pid = _fork_on_pipe(command, output_write)
         finally:
             if output_write >= 0:
                 os.close(output_write)
@@ -259,14 +263,27 @@ def _shrink(pipe: int) -> None:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CONDUIT_SIZE)
 
 
-def _fork_on_terminal(command: _Command) -> tuple[int, int]:
-    """Return (master, pid)."""
+@contextmanager
+def _in_directory(path: bytes) -> Iterator[None]:
+    """Be in the command's directory for the fork: its child has it from us."""
+    try:
+        os.chdir(path)
+    except OSError as error:
+        raise _told(f"directory|{_shown(path)}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        os.chdir("/")
+
+
+def _fork_on_terminal(command: _Command, size: tuple[int, int]) -> tuple[int, int]:
+    """Return (master, pid); `size`: rows and columns."""
     _Pty.born.clear()
     try:
         child = _Pty.spawn(
             [sys.executable],  # only to satisfy its search; `_become` executes the real program
-            preexec_fn=lambda: _become(command),
-            dimensions=(command.facts.rows, command.facts.columns),
+            preexec_fn=partial(_become, *command),
+            dimensions=size,
             pass_fds=(command.transcript,),
         )
     except OSError as error:
@@ -297,7 +314,7 @@ def _fork_on_pipe(command: _Command, output: int) -> int:
             os.dup2(output, 1)
             os.dup2(output, 2)
             _close_all_but(command.transcript, error_write)
-            _become(command)
+            _become(*command)
         except BaseException as error:
             os.write(error_write, str(error).encode("utf-8", "surrogateescape"))
         finally:
@@ -318,28 +335,29 @@ def _close_all_but(*kept: int) -> None:
         low = fd + 1
 
 
-def _become(command: _Command) -> None:
+def _become(
+    argv: tuple[bytes, ...],
+    environment: dict[bytes, bytes],
+    transcript: int,
+    limits: dict[int, tuple[int, int]],
+    spawner: int,
+) -> None:
     """Turn the forked child into the command; raises `RuntimeError` with the stage and the reason."""
-    facts = command.facts
     # Until it says that it runs, it must not outlive us: the command would be started again beside it.
-    if not kernel.die_with(command.spawner):
+    if not kernel.die_with(spawner):
         os._exit(127)
     try:
-        os.chdir(facts.cwd)
-    except OSError as error:
-        raise RuntimeError(f"directory|{_shown(facts.cwd)}: {error.strerror}") from None
-    try:
-        launch.restore_limits(command.limits)
+        launch.restore_limits(limits)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"limits|{error}") from None
-    mark_started(command.transcript, os.getpid())
+    mark_started(transcript, os.getpid())
     kernel.outlive_parent()
     try:
         # A path needs no search, and the search is Python.
-        execute = os.execve if b"/" in facts.argv[0] else os.execvpe
-        execute(facts.argv[0], facts.argv, command.environment)
+        execute = os.execve if b"/" in argv[0] else os.execvpe
+        execute(argv[0], argv, environment)
     except OSError as error:
-        raise RuntimeError(f"exec|{_shown(facts.argv[0])}: {error.strerror}") from None
+        raise RuntimeError(f"exec|{_shown(argv[0])}: {error.strerror}") from None
     except ValueError as error:
         raise RuntimeError(f"exec|{error}") from None
 

@@ -308,8 +308,8 @@ class Waiting(dict):
 argv = (b"/usr/bin/env", b"touch", os.fsencode(note))
 facts = Facts("t", "1000", "c", "m", argv, b"/", bool(tty), 80, 24, 0, "b")
 transcript = Transcript.create(facts, Lease(1, 1, 1))
-command = spawner._Command(facts, dict(os.environb), transcript, Waiting(), os.getpid())
-spawner._fork_on_terminal(command) if tty else spawner._fork_on_pipe(command, 2)
+command = spawner._Command(argv, dict(os.environb), transcript, Waiting(), os.getpid())
+spawner._fork_on_terminal(command, (24, 80)) if tty else spawner._fork_on_pipe(command, 2)
 """
 
 
