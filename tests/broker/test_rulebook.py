@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Brokers:
 
     def rows(self) -> list[Any]:
         """Return what is committed."""
-        with sqlite3.connect(self.path) as connection:
+        with closing(sqlite3.connect(self.path)) as connection, connection:
             return connection.execute("SELECT * FROM watches ORDER BY number").fetchall()
 
 
@@ -128,7 +129,7 @@ async def test_whoever_asks_for_nothing_is_told_once_all_that_was_said_before_is
 async def test_what_a_damaged_file_still_tells_is_taken_over(brokers: Brokers) -> None:
     await begun(brokers)
     brokers.end()
-    with sqlite3.connect(brokers.path) as connection:
+    with closing(sqlite3.connect(brokers.path)) as connection, connection:
         connection.execute("ALTER TABLE threads RENAME TO others")
     journal = brokers.start()
     assert "it is now" in journal.trouble

@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -735,7 +736,7 @@ async def test_a_name_that_no_thread_may_have_does_not_keep_the_broker_down(
 ) -> None:
     stage = Stage(pumps, tmp_path, children)
     stage.close()
-    with sqlite3.connect(tmp_path / "state/journal.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "state/journal.db")) as connection, connection:
         connection.execute("INSERT INTO threads VALUES ('../x', 3), ('kept', 3)")
     connection.close()
     stage = Stage(pumps, tmp_path, children)

@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -119,7 +119,7 @@ async def test_after_a_reboot_what_lived_is_lost_and_what_had_ended_is_there(hom
     for path in home.paths.run.rglob("*"):
         if not path.is_dir():
             path.unlink()
-    with sqlite3.connect(home.paths.journal) as connection:
+    with closing(sqlite3.connect(home.paths.journal)) as connection, connection:
         connection.execute("UPDATE processes SET boot_id = 'the one before' WHERE boot_id IS NOT NULL")
     connection.close()
     async with outlive.connect() as host:
