@@ -338,6 +338,10 @@ class Thread:
         self.host = host
         self.thread_id = thread_id
 
+    def _new_id(self, *call: object) -> str:
+        """Return the id of a call that was given none; what it is about is for those who count their calls."""
+        return secrets.token_hex(8)
+
     async def exec_command(
         self,
         cmd: str | Sequence[str | bytes],
@@ -373,7 +377,7 @@ class Thread:
             workdir=os.fsencode(os.path.join(here, workdir) if workdir is not None else here),
             environment=dict(os.environb) if environment is None else _encoded(environment),
             overrides=_encoded(env or {}),
-            call_id=call_id or secrets.token_hex(8),
+            call_id=call_id or self._new_id("exec", cmd, workdir),
             shell=None if shell is None else os.fsencode(shell),
             login=login,
             tty=tty,
@@ -416,7 +420,7 @@ class Thread:
             chars=raw,
             yield_time_ms=yield_time_ms,
             max_output_tokens=max_output_tokens,
-            write_id=write_id or secrets.token_hex(8),
+            write_id=write_id or self._new_id("write", process_id, chars),
             resume=resume,
         )
         seconds = max(yield_time_ms / 1000, 5) + MARGIN
@@ -508,7 +512,7 @@ class Thread:
             thread=self.thread_id,
             process_id=process_id,
             rules=[str(rule) for rule in rules_of(rules)],
-            watch_id=watch_id or secrets.token_hex(8),
+            watch_id=watch_id or self._new_id("watch", process_id, *rules),
         )
         return await self.host.call(body, list[RuleRow])
 
