@@ -100,11 +100,6 @@ class Nursery:
         """The spawners' pids."""
         return [spawner.pid for spawner in self._spawners]
 
-    @property
-    def starting(self) -> list[str]:
-        """The ids of the processes that are being started."""
-        return [start.facts.process_id for spawner in self._spawners for start in spawner.starts.values()]
-
     def use_broker(self, broker: Channel | None) -> None:
         """Deposit with this broker from now on."""
         self._broker = broker

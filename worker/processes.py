@@ -94,6 +94,8 @@ class ProcessManager:
         self._processes: dict[str, Managed] = {}
         self._going: dict[str, Managed] = {}
         self._starts: dict[str, asyncio.Future[str]] = {}
+        # The ids of the processes that are being started, until they are in our hands.
+        self._starting: set[str] = set()
         self._calls: dict[str, str] = {}
         # Call ids of collected processes, oldest first.
         self._collected: dict[str, None] = {}
@@ -107,6 +109,11 @@ class ProcessManager:
     def process_ids(self) -> list[str]:
         """The processes held here, sorted as strings."""
         return sorted(self._processes)
+
+    @property
+    def starting(self) -> list[str]:
+        """The ids of the processes that are being started, sorted as strings."""
+        return sorted(self._starting)
 
     def held(self, process_id: str) -> Held:
         """Return one process; raises `UnknownProcess`."""
@@ -301,6 +308,7 @@ class ProcessManager:
         start: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         start.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._starts[call.call_id] = start
+        self._starting.add(process_id)
         try:
             order = self._order(call, process_id)
             self._make_room(warnings)
@@ -317,6 +325,7 @@ class ProcessManager:
             start.set_result(process_id)
         finally:
             del self._starts[call.call_id]
+            self._starting.discard(process_id)
         self._warn(warnings)
         return process_id
 

@@ -56,7 +56,7 @@ class Session:
             on_connected=self._connected,
             on_lost=lambda: self._nursery.use_broker(None),
             deposits=lambda: self.manager.deposits(),
-            starting=lambda: self._nursery.starting,
+            starting=lambda: self.manager.starting,
         )
         self.manager = ProcessManager(
             thread_id, epoch, self._nursery, self._pumps, PUMPS[mode], self._link.send, config

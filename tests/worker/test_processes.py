@@ -197,6 +197,18 @@ async def test_the_same_call_at_once_starts_one_process(house: Any, tmp_path: Pa
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
+async def test_what_was_ordered_is_being_started_until_it_is_held(house: Any) -> None:
+    """A broker that asked in between, and was told neither, would have another worker start it again."""
+    desk = house.desk()
+    running = asyncio.ensure_future(desk.start("sleep 1000"))
+    seen: list[bool] = []
+    while not running.done():
+        await asyncio.sleep(0)
+        seen.append(bool(desk.manager.starting or desk.manager.deposits()))
+    assert all(seen[seen.index(True) :])
+    assert desk.manager.starting == []
+
+
 async def test_a_call_that_could_not_start_fails_for_all_and_may_come_again(house: Any, tmp_path: Path) -> None:
     desk = house.desk()
     program = os.fsencode(tmp_path / "program")
