@@ -71,10 +71,9 @@ async def test_a_signal_death_is_told_as_one_and_counts_as_a_shell_would(house: 
 
 async def test_a_poll_after_a_too_short_yield_returns_the_rest(house: Any) -> None:
     desk = house.desk()
-    first = await desk.run("echo early; read go; echo late; exit 4", ms=250, tty=True)
-    assert (first.output, first.exit_code) == ("early\r\n", None)
-    poll = asyncio.create_task(desk.write(first.process_id))
-    await desk.held(first.process_id).type(b"\n", FOREVER)
+    process_id = await desk.start("echo early; read go; echo late; exit 4", shown=b"early\r\n", tty=True)
+    poll = asyncio.create_task(desk.write(process_id))
+    await desk.held(process_id).type(b"\n", FOREVER)
     rest = await poll
     assert (rest.output, rest.exit_code, rest.session_id) == ("\r\nlate\r\n", 4, None)
 
