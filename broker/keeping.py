@@ -42,7 +42,7 @@ class Keeping:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[Fields, list[int]]] = deque()
         self._numbers = itertools.count()
-        self._answers: dict[str, asyncio.Future[None]] = {}
+        self._answers: dict[str, asyncio.Future[bool]] = {}
         self._socket: socket.socket | None = None
         path = os.environ.get(notify.ADDRESS)
         self._path = Path(path) if path else None
@@ -60,21 +60,23 @@ class Keeping:
         """The keeper's line to us, to be handed to a successor; `None` when there is no keeper."""
         return self._line
 
-    async def hear(self) -> None:
-        """Take in everything that the keeper was told by anybody, us included, before this call.
+    async def hear(self) -> bool:
+        """Take in all that the keeper was told by anybody, us included, before this call; tell whether we have.
 
+        Not when it is stopped, or has died: what the next one is told comes to the broker that takes over from us.
         Asked to hand us what it keeps under a name that it does not know, it answers with the name, in its turn.
         """
         if self._line is None or self._socket is None:
-            return
+            return self._path is None
         name = f"{next(self._numbers):x}"
-        answer = self._answers[name] = self._loop.create_future()
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        self._answers[name] = answer
         self._tell({"FORWARD": "1", "FDNAME": name})
         try:
             async with asyncio.timeout(notify.SEND_DEADLINE):
-                await answer
-        except TimeoutError:  # it is stopped; what it knows is safe, and comes when it goes on
-            pass
+                return await answer
+        except TimeoutError:
+            return False
         finally:
             self._answers.pop(name, None)
 
@@ -154,7 +156,7 @@ class Keeping:
                 self._on_found(fds)
                 fds = []
             elif (answer := self._answers.get(fields.get("FDNAME", ""))) and not answer.done():
-                answer.set_result(None)
+                answer.set_result(True)
             _close(fds)
 
     def listen_no_more(self) -> None:
@@ -174,7 +176,7 @@ class Keeping:
         """Hang up; what is queued goes if there is room."""
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_result(None)
+                answer.set_result(False)
         if self._line:
             self._loop.remove_reader(self._line.fileno())
             self._line.close()

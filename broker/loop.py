@@ -319,9 +319,9 @@ class Broker:
         """Have the keeper close them."""
         self._keeping.remove(mark)
 
-    async def hear_keeper(self) -> None:
-        """Take in what the keeper was told before now."""
-        await self._keeping.hear()
+    async def hear_keeper(self) -> bool:
+        """Take in what the keeper was told before now; tell whether we have."""
+        return await self._keeping.hear()
 
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of an epoch are all dead."""

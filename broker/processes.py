@@ -97,8 +97,8 @@ class World(Protocol):
     def unkeep(self, mark: str) -> None:
         """Have it close them."""
 
-    async def hear_keeper(self) -> None:
-        """Take in what the keeper was told before now."""
+    async def hear_keeper(self) -> bool:
+        """Take in what the keeper was told before now; tell whether we have."""
 
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         """Tell whether worker and spawners of this epoch are all dead."""

@@ -32,7 +32,8 @@ SURVIVORS_DEADLINE = 10.0
 # Seconds that a call waits for the last start of a former broker's worker: it takes milliseconds, unless its
 # directory is on a dead network mount.
 UNFINISHED_DEADLINE = 10.0
-# Seconds between two looks at whether a spawner is at its end, which the kernel tells nobody but its parent.
+# Seconds between two looks at whether a spawner is at its end, which the kernel tells nobody but its parent, and at
+# whether there is a keeper again.
 _LOOK = 0.02
 
 
@@ -211,7 +212,9 @@ class Workers(Processes):
     async def _resolve_when_over(self, thread: Thread, epoch: int) -> None:
         while not self._world.epoch_is_over(thread.thread_id, epoch):
             await asyncio.sleep(_LOOK)
-        await self._world.hear_keeper()  # the last of a spawner may be with it
+        # The last of a spawner may be with the keeper, or with the next one, whose broker will take over from us.
+        while not await self._world.hear_keeper():
+            await asyncio.sleep(_LOOK)
         thread.unfinished.discard(epoch)
         for entry in list(thread.entries.values()):
             if entry.epoch == epoch and entry.state is State.STARTING:

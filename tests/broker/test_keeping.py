@@ -128,7 +128,7 @@ async def hear_out(keeping: Keeping, keeper: Keeper) -> None:
     hearing = asyncio.create_task(keeping.hear())
     fields, _ = await keeper.hear()
     notify.send(keeper.line, fields)
-    await hearing
+    assert await hearing
 
 
 async def test_orphans_and_what_was_forwarded_are_heard_and_nonsense_is_not(
@@ -162,8 +162,15 @@ async def test_the_keepers_death_is_told_once_and_then_nothing_is_said_to_it(
     heard.lost.clear()
     assert keeping.line is None
     keeping.store("mark", [0])
-    await keeping.hear()
+    assert not await keeping.hear()  # what the next one knows, its own broker will be told
     assert not heard.lost.is_set()
+
+
+async def test_a_keeper_that_dies_before_it_answers_was_not_heard(keeping: Keeping, keeper: Keeper) -> None:
+    hearing = asyncio.create_task(keeping.hear())
+    await keeper.hear()
+    keeper.close()
+    assert not await hearing
 
 
 async def test_what_is_gone_is_told_to_the_next_keeper_by_a_broker_that_has_lost_its_own(

@@ -22,6 +22,7 @@ from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
 from outlive.broker.peers import Peer
 from outlive.broker.threads import ThreadManager
+from outlive.broker.workers import _LOOK
 from outlive.common import channel, kernel, wire
 from outlive.common.channel import open_parcel
 from outlive.common.config import Config
@@ -42,6 +43,7 @@ class World:
     deltas_wanted = False
     upgrade_failed = ""
     keeper_pid = None
+    keeper_heard = True
 
     def __init__(self) -> None:
         # Marks of processes that the keeper was told to close, and epochs of which something lives.
@@ -83,8 +85,8 @@ class World:
     def epoch_is_over(self, thread_id: str, epoch: int) -> bool:
         return epoch not in self.living
 
-    async def hear_keeper(self) -> None:
-        """There is none."""
+    async def hear_keeper(self) -> bool:
+        return self.keeper_heard
 
     def notice_deaths(self) -> None:
         """They are told by the test."""
@@ -237,6 +239,18 @@ async def test_a_whole_deposit_after_the_workers_death_goes_to_its_successor(sta
     parcel[1].close()
     stage.die()
     await stage.say("1000", b"hello", b"hello 1\r\n")
+
+
+async def test_no_start_is_given_up_while_the_keeper_that_may_know_of_it_cannot_be_heard(stage: Stage) -> None:
+    await stage.wake()
+    stage.world.keeper_heard = False
+    stage.die(spawner_too=True)
+    for _ in range(3):
+        await asyncio.sleep(_LOOK)
+        assert stage.manager.may_start(stage.thread, "c")
+    stage.world.keeper_heard = True
+    await stage.made_up()
+    assert not stage.manager.may_start(stage.thread, "c")
 
 
 @pytest.mark.parametrize("channel_first", [True, False], ids=["channel, death", "death, channel"])
