@@ -14,7 +14,7 @@ import hmac
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -35,9 +35,12 @@ TOKEN_VARIABLE = "OUTLIVE_MCP_TOKEN"
 _TOKEN_MIN = 16
 
 
-def token_of(paths: Paths, environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the token, and where it is from: the same at each start; made at the first one."""
-    if token := environment.get(TOKEN_VARIABLE):
+def token_of(paths: Paths, environment: MutableMapping[str, str]) -> tuple[str, str]:
+    """Return the token, and where it is from: the same at each start; made at the first one.
+
+    It is taken out of `environment`: what a model starts and prints would have it otherwise.
+    """
+    if token := environment.pop(TOKEN_VARIABLE, None):
         if len(token) < _TOKEN_MIN or not token.isascii():
             raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}, of ASCII")
         return token, TOKEN_VARIABLE

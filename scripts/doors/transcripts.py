@@ -79,11 +79,12 @@ class Transcripts:
         """Answer `resources/read`."""
         process_id, parts, offset = self._process_of(params.uri), list[bytes](), 0
         with _told(params.uri):
+            end = (await self._thread.read_output(process_id, OFFSET_MAX)).written  # it may never stop growing
             while True:
                 output = await self._thread.read_output(process_id, offset)
                 for at, part in in_order(output):
                     parts.append(part if isinstance(part, bytes) else gap_text(at, part).encode())
-                if output.next_offset >= output.written or output.next_offset == offset:
+                if output.next_offset >= end or output.next_offset == offset:
                     break
                 offset = output.next_offset
         text = b"".join(parts).decode("utf-8", "replace")
