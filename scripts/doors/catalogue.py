@@ -172,18 +172,21 @@ async def exec_command(thread: Thread, given: vocabulary.ExecCommand, terms: Ter
             "workdir: the folder that this runs in is gone, and what is relative to it; start it in another one"
         ) from None
     call_id = secrets.token_hex(8)
-    response = await _insisted(
-        lambda: thread.exec_command(
-            given.cmd,
-            workdir=given.workdir or None,
-            tty=given.tty,
-            yield_time_ms=_within(given.yield_time_ms, terms.longest),
-            max_output_tokens=given.max_output_tokens,
-            shell=given.shell or None,
-            login=given.login,
-            call_id=call_id,
+    try:
+        response = await _insisted(
+            lambda: thread.exec_command(
+                given.cmd,
+                workdir=given.workdir or None,
+                tty=given.tty,
+                yield_time_ms=_within(given.yield_time_ms, terms.longest),
+                max_output_tokens=given.max_output_tokens,
+                shell=given.shell or None,
+                login=given.login,
+                call_id=call_id,
+            )
         )
-    )
+    except Unavailable as error:
+        raise Unavailable(f"{error}; whether it was started, list_sessions with all=true shows") from None
     return vocabulary.Reply.of(response, given.max_output_tokens)
 
 

@@ -259,6 +259,9 @@ async def test_over_http_the_token_is_asked_for_and_foreign_pages_are_refused(ho
 async def test_without_a_broker_and_without_leave_to_start_one_a_model_is_told_so(home: Home) -> None:
     async with over_stdio(home.path, "--no-start") as client:
         assert "no broker" in await refused(client, "list_sessions")
+        assert (await refused(client, "exec_command", cmd="true")).endswith(
+            "; whether it was started, list_sessions with all=true shows"
+        )
     assert home.pids() == []
 
 
@@ -324,6 +327,7 @@ async def test_of_a_broker_that_is_stopped_every_request_tells_in_time(
     host: outlive.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bridge, "SILENCE_MAX", 0.3)
+    monkeypatch.setattr(transcripts, "_BEGUN_WITHIN", 0.3)
     async with Client(Bridge(a_thread(host)).server) as client:
         pid = (await host.status())["broker_pid"]
         os.kill(pid, signal.SIGSTOP)
@@ -331,6 +335,8 @@ async def test_of_a_broker_that_is_stopped_every_request_tells_in_time(
         assert (await refused(client, "list_sessions")).startswith(f"list_sessions: {silence}")
         with pytest.raises(MCPError, match=f"resources/list: {silence}"):
             await client.list_resources()
+        with pytest.raises(MCPError, match=r"no answer within 0\.3 s; listen again"):
+            await client.listen(resource_subscriptions=["outlive://agent/4711"]).__aenter__()
         os.kill(pid, signal.SIGCONT)
 
 
