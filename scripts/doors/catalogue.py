@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 # What errors for people name, and what it is called here.
 _IN_OUR_WORDS = {"`outlive logs`": "read_output", "`outlive ps`": "list_sessions"}
+# Characters of a command in a list: models write whole files in one, and a list of them would fill their memory.
+_COMMAND_SHOWN = 500
 # Seconds that a wait takes at least: what is true already needs a moment to be said.
 _LOOK = 0.25
 # Seconds beyond its grace that a session which was killed may take to be gone.
@@ -221,10 +223,11 @@ async def list_sessions(thread: Thread, given: vocabulary.ListSessions, terms: T
 
 
 def _row(row: ProcessRow) -> vocabulary.SessionRow:
+    command = str(to_builtins(shlex.join(row.command)))
     return vocabulary.SessionRow(
         session_id=int(row.process_id),
         state="ended" if row.state == "ended" else "running",
-        command=str(to_builtins(shlex.join(row.command))),
+        command=command if len(command) <= _COMMAND_SHOWN else command[:_COMMAND_SHOWN] + "…",
         workdir=str(to_builtins(row.cwd)),
         tty=row.tty,
         started_at=row.started_at,

@@ -256,6 +256,14 @@ async def test_over_http_the_token_is_asked_for_and_foreign_pages_are_refused(ho
         assert own.status_code not in (401, 403, 421)
 
 
+async def test_a_list_of_long_commands_stays_short(host: outlive.Host) -> None:
+    async with Client(Bridge(a_thread(host)).server) as client:
+        await called(client, "exec_command", cmd=": " + "x" * 100_000)
+        listed = await client.call_tool("list_sessions", {"all": True})
+        assert len(text_of(listed)) < 1_000
+        assert text_of(listed).endswith("xxx…")
+
+
 async def test_without_a_broker_and_without_leave_to_start_one_a_model_is_told_so(home: Home) -> None:
     async with over_stdio(home.path, "--no-start") as client:
         assert "no broker" in await refused(client, "list_sessions")
