@@ -334,6 +334,11 @@ async def wait(thread: Thread, given: vocabulary.Wait, terms: Terms) -> vocabula
                 if (await thread.read_output(str(one), OFFSET_MAX)).ended:
                     await task
         rows = {one: task.result() for one, task in waits.items() if task.done()}
+        if any(row.offset is not None and row.offset < given.cursor for row in rows.values()):
+            raise Unavailable(
+                f"cursor: {given.cursor}: the broker is an older one, which knows of none; replace it with "
+                "`outlive broker upgrade` in a shell, which ends nothing, or leave cursor out"
+            )
     finally:
         for task in waits.values():
             task.cancel()
