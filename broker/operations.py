@@ -39,7 +39,6 @@ from ..common.messages import (
     Body,
     DetachedProcessSummary,
     Output,
-    ProcessRow,
     ReadOutput,
     ReattachSummary,
     ThreadRow,
@@ -63,6 +62,8 @@ from .watching import Watching
 _ENDING = {1, 2, 3, 6, 9, 15}
 # Seconds that a killed tree has to be gone before `kill --after` answers without it.
 _KILLED_WITHIN = 5.0
+# Characters of all command lines in one list: with up to four bytes each, half of what an answer can hold.
+_COMMANDS_MAX = 1 << 19
 
 
 @cache
@@ -284,7 +285,7 @@ class Operations:
             )
         return held
 
-    async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[ProcessRow]:
+    async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[dict[str, Any]]:
         threads = list(self._threads.threads.values()) if call.thread is None else [self._threads.get(call.thread)]
         rows: list[Any] = []
         for thread in threads:
@@ -298,7 +299,7 @@ class Operations:
                 for entry in list(thread.entries.values())
                 if entry.transcript and (call.ended or entry.state is not State.ENDED)
             ]
-        return rows
+        return _fitting([row if isinstance(row, dict) else msgspec.structs.asdict(row) for row in rows])
 
     async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
         return [self._delivery.row(thread) for _, thread in sorted(self._threads.threads.items())]
@@ -484,3 +485,21 @@ class Operations:
 
     def _find(self, thread_id: str, process_id: str) -> Entry | Record:
         return self._threads.find(thread_id, check_process(process_id))
+
+
+def _fitting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return lines of `ps`, long commands cut where together they are more than an answer can hold."""
+    if sum(len(word) + 1 for row in rows for word in row["command"]) <= _COMMANDS_MAX:
+        return rows
+    most = _COMMANDS_MAX // len(rows)
+    return [{**row, "command": _cut(row["command"], most)} for row in rows]
+
+
+def _cut(words: list[str], most: int) -> list[str]:
+    kept: list[str] = []
+    for word in words:
+        if len(word) >= most:
+            return [*kept, word[:most] + "…"]
+        kept.append(word)
+        most -= len(word) + 1
+    return kept

@@ -4,7 +4,7 @@ Always true
     The bridge has nothing that its death could lose: sessions are the broker's, the id of a task says what it is,
     and a bridge that is started again finds all of it.
     No call is silent for longer than `SILENCE_MAX`: what takes longer answers with what there is, or sends progress
-    to a client that asked for it.  A call that is cancelled ends no session.
+    to a client that asked for it.  A call that is cancelled ends no session; a line that is no message is answered.
     It is there at once: the broker is looked for, and started, by the first call that needs it.
 
 Not here
@@ -14,15 +14,20 @@ Not here
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import metadata
 from typing import Any
 
+import anyio
 import mcp_types as types
 from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.lowlevel.server import Server
 from mcp.server.stdio import stdio_server
 from mcp.shared.exceptions import MCPError
+from mcp.shared.message import SessionMessage
+from pydantic import ValidationError
 
 from ...common.client import Thread
 from ...common.errors import OutliveError
@@ -164,8 +169,45 @@ def _failed(text: str) -> types.CallToolResult:
 async def serve_stdio(thread: Thread) -> None:
     """Serve on standard input and output until the client closes them."""
     bridge = Bridge(thread)
+
+    async def answer(message: types.JSONRPCError) -> None:
+        await outgoing.send(SessionMessage(message))
+
     try:
-        async with stdio_server() as (incoming, outgoing):
+        lines: Any = _messages(answer)  # of a file it takes no more
+        async with stdio_server(stdin=lines) as (incoming, outgoing):
             await bridge.server.run(incoming, outgoing, bridge.server.create_initialization_options())
     finally:
         await bridge.close()
+
+
+async def _messages(answer: Callable[[types.JSONRPCError], Awaitable[None]]) -> AsyncIterator[str]:
+    """Yield the lines of standard input that are messages.
+
+    The others are answered here.  The SDK's server drops them in silence, and there is one that models do bring
+    about: half of a character that takes two, cut off somewhere, which clients send as `\\ud83d`.
+    """
+    async with await anyio.open_file(0, encoding="utf-8", errors="replace", closefd=False) as lines:
+        async for line in lines:
+            try:
+                types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+            except ValidationError as error:
+                if line.strip():
+                    await answer(_not_understood(line, error))
+            else:
+                yield line
+
+
+def _not_understood(line: str, error: ValidationError) -> types.JSONRPCError:
+    wrong = error.errors(include_url=False, include_input=False)[0]
+    no_json = wrong["type"] == "json_invalid"
+    text = wrong["msg"] if no_json else "this is no message of JSON-RPC 2.0"
+    if no_json and "\\ud" in line.lower():
+        text += "; half a character, such as `\\ud83d` alone, is no text: leave it out"
+    try:
+        given = json.loads(line)["id"]
+        number = given if type(given) is int or (isinstance(given, str) and given.isprintable()) else None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        number = None
+    code = types.PARSE_ERROR if no_json else types.INVALID_REQUEST
+    return types.JSONRPCError(jsonrpc="2.0", id=number, error=types.ErrorData(code=code, message=text))

@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 # What errors for people name, and what it is called here.
 _IN_OUR_WORDS = {"`outlive logs`": "read_output", "`outlive ps`": "list_sessions"}
+# Characters of a command in a list: models write whole files in one, and a list of them would fill their memory.
+_COMMAND_SHOWN = 500
 # Seconds that a wait takes at least: what is true already needs a moment to be said.
 _LOOK = 0.25
 # Seconds beyond its grace that a session which was killed may take to be gone.
@@ -172,18 +174,21 @@ async def exec_command(thread: Thread, given: vocabulary.ExecCommand, terms: Ter
             "workdir: the folder that this runs in is gone, and what is relative to it; start it in another one"
         ) from None
     call_id = secrets.token_hex(8)
-    response = await _insisted(
-        lambda: thread.exec_command(
-            given.cmd,
-            workdir=given.workdir or None,
-            tty=given.tty,
-            yield_time_ms=_within(given.yield_time_ms, terms.longest),
-            max_output_tokens=given.max_output_tokens,
-            shell=given.shell or None,
-            login=given.login,
-            call_id=call_id,
+    try:
+        response = await _insisted(
+            lambda: thread.exec_command(
+                given.cmd,
+                workdir=given.workdir or None,
+                tty=given.tty,
+                yield_time_ms=_within(given.yield_time_ms, terms.longest),
+                max_output_tokens=given.max_output_tokens,
+                shell=given.shell or None,
+                login=given.login,
+                call_id=call_id,
+            )
         )
-    )
+    except Unavailable as error:
+        raise Unavailable(f"{error}; whether it was started, list_sessions with all=true shows") from None
     return vocabulary.Reply.of(response, given.max_output_tokens)
 
 
@@ -218,10 +223,11 @@ async def list_sessions(thread: Thread, given: vocabulary.ListSessions, terms: T
 
 
 def _row(row: ProcessRow) -> vocabulary.SessionRow:
+    command = str(to_builtins(shlex.join(row.command)))
     return vocabulary.SessionRow(
         session_id=int(row.process_id),
         state="ended" if row.state == "ended" else "running",
-        command=str(to_builtins(shlex.join(row.command))),
+        command=command if len(command) <= _COMMAND_SHOWN else command[:_COMMAND_SHOWN] + "…",
         workdir=str(to_builtins(row.cwd)),
         tty=row.tty,
         started_at=row.started_at,
@@ -328,6 +334,11 @@ async def wait(thread: Thread, given: vocabulary.Wait, terms: Terms) -> vocabula
                 if (await thread.read_output(str(one), OFFSET_MAX)).ended:
                     await task
         rows = {one: task.result() for one, task in waits.items() if task.done()}
+        if any(row.offset is not None and row.offset < given.cursor for row in rows.values()):
+            raise Unavailable(
+                f"cursor: {given.cursor}: the broker is an older one, which knows of none; replace it with "
+                "`outlive broker upgrade` in a shell, which ends nothing, or leave cursor out"
+            )
     finally:
         for task in waits.values():
             task.cancel()

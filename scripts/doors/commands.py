@@ -78,7 +78,12 @@ def mcp(thread: str | None, http: tuple[str, int] | None, as_json: bool) -> None
     if http is None and sys.stdin.isatty():
         message("serving the Model Context Protocol on this terminal, where a client is expected; Ctrl-C ends it")
     host = connect(start=not click.get_current_context().find_root().meta.get("no-start"))
-    served = thread_of(host, thread or thread_of_folder(os.getcwd()))
+    try:
+        served = thread_of(host, thread or thread_of_folder(os.getcwd()))
+    except FileNotFoundError:
+        raise click.ClickException(
+            "the folder that this runs in is gone; start it in another one, or name a thread with --thread"
+        ) from None
 
     async def run() -> None:
         async with AsyncExitStack() as stack:

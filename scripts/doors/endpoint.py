@@ -14,7 +14,7 @@ import hmac
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -35,9 +35,12 @@ TOKEN_VARIABLE = "OUTLIVE_MCP_TOKEN"
 _TOKEN_MIN = 16
 
 
-def token_of(paths: Paths, environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the token, and where it is from: the same at each start; made at the first one."""
-    if token := environment.get(TOKEN_VARIABLE):
+def token_of(paths: Paths, environment: MutableMapping[str, str]) -> tuple[str, str]:
+    """Return the token, and where it is from: the same at each start; made at the first one.
+
+    It is taken out of `environment`: what a model starts and prints would have it otherwise.
+    """
+    if token := environment.pop(TOKEN_VARIABLE, None):
         if len(token) < _TOKEN_MIN or not token.isascii():
             raise BadRequest(f"{TOKEN_VARIABLE}: {len(token)} characters; use at least {_TOKEN_MIN}, of ASCII")
         return token, TOKEN_VARIABLE
@@ -89,13 +92,22 @@ def _host_of(origin: str) -> str | None:
         return None
 
 
-async def serve_http(thread: Thread, host: str, port: int, token: str, announce: Callable[[str], None]) -> None:
-    """Serve until the process is ended; `announce` gets the URL once connections are taken."""
+def listener_of(host: str, port: int) -> socket.socket:
+    """Return a socket that takes connections at an address; raises `BadRequest` for one that cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise BadRequest(f"--http {host}:{port}: {error.strerror or error}; use another address or port") from None
+    # Its connections inherit it, and asyncio sets it only where a socket names its protocol.  Without, an answer's
+    # body waits 40 ms for the client to acknowledge its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve_http(thread: Thread, host: str, port: int, token: str, announce: Callable[[str], None]) -> None:
+    """Serve until the process is ended; `announce` gets the URL once connections are taken."""
+    listener = listener_of(host, port)
     bridge = Bridge(thread, standing=False)
     app = bridge.server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, host=host)
     config = uvicorn.Config(Guard(app, token), log_config=None, access_log=False, timeout_graceful_shutdown=1)

@@ -38,11 +38,19 @@ def understood(kind: type[T], arguments: object) -> T:
     given = {name: value for name, value in arguments.items() if value is not None}
     for name, value in given.items():
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadRequest(f"{name[:80]}: {shown(value)}: has half a character in it, which no text can have")
+            raise BadRequest(_half(name[:80], value))
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise BadRequest(_explained(kind, given, str(error))) from None
+    except UnicodeEncodeError as error:  # in a name, or deep in a value
+        raise BadRequest(
+            f"arguments: {shown(error.object)}: has half a character in it, which no text can have"
+        ) from None
+
+
+def _half(where: str, text: str) -> str:
+    return f"{where}: {shown(text)}: has half a character in it, which no text can have"
 
 
 def _explained(kind: type[msgspec.Struct], given: Mapping[str, Any], message: str) -> str:

@@ -78,10 +78,12 @@ class Tasks:
         try:
             await asyncio.wait({task.work}, timeout=_AT_ONCE)
         except asyncio.CancelledError:  # nobody knows its name
-            self._tasks.pop(name).work.cancel()
+            self._tasks.pop(name, None)
+            task.work.cancel()
             raise
         if task.work.done():
-            return self._tasks.pop(name).work.result()
+            self._tasks.pop(name, None)  # where a thousand others wait, it may have been forgotten
+            return task.work.result()
         return {"resultType": "task", **self._state(name, task)}
 
     async def get(self, ctx: Context, params: TaskParams) -> dict[str, Any]:

@@ -22,13 +22,15 @@ from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler, Res
 from mcp.shared.exceptions import MCPError
 
 from ...common.client import FOLLOW_MS, Thread, to_builtins
-from ...common.errors import OutliveError, UnknownThread
+from ...common.errors import ExpiredProcess, OutliveError, UnknownProcess, UnknownThread
 from ...common.messages import OFFSET_MAX
 from ...common.names import check_process
 from .catalogue import gap_text, in_order
 
 # Seconds between two notices about one transcript: a flood is no reason for a flood of them.
 UPDATE_PAUSE = 1.0
+# Seconds that a client may wait until it is told that it listens, as long as for a call.
+_BEGUN_WITHIN = 40.0
 _MIME = "text/plain"
 
 Context = ServerRequestContext[Any, Any]
@@ -79,11 +81,12 @@ class Transcripts:
         """Answer `resources/read`."""
         process_id, parts, offset = self._process_of(params.uri), list[bytes](), 0
         with _told(params.uri):
+            end = (await self._thread.read_output(process_id, OFFSET_MAX)).written  # it may never stop growing
             while True:
                 output = await self._thread.read_output(process_id, offset)
                 for at, part in in_order(output):
                     parts.append(part if isinstance(part, bytes) else gap_text(at, part).encode())
-                if output.next_offset >= output.written or output.next_offset == offset:
+                if output.next_offset >= end or output.next_offset == offset:
                     break
                 offset = output.next_offset
         text = b"".join(parts).decode("utf-8", "replace")
@@ -98,9 +101,14 @@ class Transcripts:
         wanted = params.notifications
         # From before the client is told that it listens: what it reads then, and what comes after, is all there is.
         ends: dict[str, int] = {}
-        for uri in wanted.resource_subscriptions or ():
-            with suppress(OutliveError, MCPError):  # what is no session has no news
-                ends[uri] = (await self._thread.read_output(self._process_of(uri), OFFSET_MAX)).written
+        try:
+            async with asyncio.timeout(_BEGUN_WITHIN):
+                for uri in wanted.resource_subscriptions or ():
+                    # What is no session has no news.
+                    with _told(uri), suppress(MCPError, UnknownProcess, UnknownThread, ExpiredProcess):
+                        ends[uri] = (await self._thread.read_output(self._process_of(uri), OFFSET_MAX)).written
+        except TimeoutError:
+            raise MCPError(types.INTERNAL_ERROR, f"no answer within {_BEGUN_WITHIN:g} s; listen again") from None
         following = [
             asyncio.create_task(self._follow(uri, end, lambda uri: bus.publish(ResourceUpdated(uri))))
             for uri, end in ends.items()

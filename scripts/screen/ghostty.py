@@ -19,6 +19,7 @@ class Ghostty:
     """An `Emulator`."""
 
     def __init__(self, columns: int, rows: int) -> None:
+        self._size = columns, rows
         self._terminal = Terminal(cols=columns, rows=rows, scrollback=_SCROLLBACK)
         # No pictures: we would not see them, and a program may name one by a file, which a terminal then deletes.
         limit = lib.GHOSTTY_TERMINAL_OPT_KITTY_IMAGE_STORAGE_LIMIT
@@ -29,10 +30,13 @@ class Ghostty:
         self._terminal.feed(data.replace(b"\x7f", b""))
 
     def resize(self, columns: int, rows: int) -> None:
+        self._size = columns, rows
         self._terminal.resize(columns, rows)
 
     def picture(self) -> Picture:
-        _, rows = self._terminal.size
+        if self._terminal.size != self._size:  # a program asked for 132 columns, which its terminal does not have
+            self._terminal.resize(*self._size)
+        _, rows = self._size
         column, row = self._terminal.cursor
         lines = [shown(line).rstrip() for line in self._terminal.text().split("\n")[:rows]]
         said = self._terminal.get("title", "GhosttyString")

@@ -196,6 +196,21 @@ async def test_ended_processes_answer_from_the_journal_also_in_the_next_broker(
     assert home.pids("worker") == []
 
 
+async def test_command_lines_that_are_too_much_for_one_answer_are_cut_and_all_processes_are_listed(
+    host: outlive.Host,
+) -> None:
+    thread = await host.thread("long")
+    for _ in range(3):
+        await thread.exec_command(["true", "x", *["é" * 60_000] * 14])
+    rows = await thread.processes(ended=True)
+    assert len(rows) == 3
+    for row in rows:
+        assert row.command[:3] == ["true", "x", "é" * 60_000]
+        assert row.command[-1].endswith("é…")
+    await thread.exec_command(["true", "short"])  # long ones make room for it, and it stays whole
+    assert ["true", "short"] in [row.command for row in await thread.processes(ended=True)]
+
+
 async def test_what_has_expired_is_called_expired_and_what_never_was_unknown(home: Home) -> None:
     home.write_config("ended_keep_count = 2\n")
     async with outlive.connect() as host:

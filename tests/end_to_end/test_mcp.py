@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -19,14 +20,28 @@ from mcp.client.client import Client
 from mcp.client.extension import ClaimContext, ClientExtension, ResultClaim
 from mcp.client.subscriptions import ResourcesListChanged, ResourceUpdated
 from mcp.shared.exceptions import MCPError
+from msgspec import structs
 
 import outlive
+from outlive.common.messages import Output
 from outlive.scripts.doors import bridge, tasks, transcripts
 from outlive.scripts.doors.bridge import Bridge
 from outlive.scripts.doors.catalogue import TOOLS
 from outlive.scripts.doors.project import thread_of_folder
 
-from .agents import BEFORE, MODES, NEWEST, an_endpoint, called, connected, over_stdio, refused, text_of
+from .agents import (
+    BEFORE,
+    MODES,
+    NEWEST,
+    OUTLIVE,
+    an_endpoint,
+    called,
+    connected,
+    environment,
+    over_stdio,
+    refused,
+    text_of,
+)
 from .conftest import Home
 
 WAYS = ("transport", "revision")
@@ -241,10 +256,62 @@ async def test_over_http_the_token_is_asked_for_and_foreign_pages_are_refused(ho
         assert own.status_code not in (401, 403, 421)
 
 
+async def test_a_list_of_long_commands_stays_short(host: outlive.Host) -> None:
+    async with Client(Bridge(a_thread(host)).server) as client:
+        await called(client, "exec_command", cmd=": " + "x" * 100_000)
+        listed = await client.call_tool("list_sessions", {"all": True})
+        assert len(text_of(listed)) < 1_000
+        assert text_of(listed).endswith("xxx…")
+
+
 async def test_without_a_broker_and_without_leave_to_start_one_a_model_is_told_so(home: Home) -> None:
     async with over_stdio(home.path, "--no-start") as client:
         assert "no broker" in await refused(client, "list_sessions")
+        assert (await refused(client, "exec_command", cmd="true")).endswith(
+            "; whether it was started, list_sessions with all=true shows"
+        )
     assert home.pids() == []
+
+
+def test_a_request_that_is_no_message_is_answered_and_the_next_one_too(home: Home) -> None:
+    greeting = {"protocolVersion": BEFORE, "capabilities": {}, "clientInfo": {"name": "raw", "version": "1"}}
+    lines = [
+        r'{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "\ud83d"}}',
+        '{"jsonrpc": "2.0", "id": "two", "method": "tools/call", "params": 5}',
+        "no JSON",
+        "",
+        json.dumps({"jsonrpc": "2.0", "id": 4, "method": "initialize", "params": greeting}),
+    ]
+    with subprocess.Popen(
+        [OUTLIVE, "mcp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(home.path), text=True
+    ) as client:
+        assert client.stdin
+        assert client.stdout
+        client.stdin.write("\n".join(lines) + "\n")
+        client.stdin.flush()
+        half, odd, garbage, good = [json.loads(client.stdout.readline()) for _ in range(4)]
+    assert (half["id"], half["error"]["code"]) == (1, types.PARSE_ERROR)
+    assert half["error"]["message"].endswith(r"half a character, such as `\ud83d` alone, is no text: leave it out")
+    assert (odd["id"], odd["error"]["message"]) == ("two", "this is no message of JSON-RPC 2.0")
+    assert (garbage["id"], garbage["error"]["code"]) == (None, types.PARSE_ERROR)
+    assert good["result"]["serverInfo"]["name"] == "outlive"
+
+
+def test_a_folder_that_is_gone_is_named_with_the_remedy(home_path: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"rmdir ../gone; exec {OUTLIVE} mcp"
+    ended = subprocess.run(
+        ["sh", "-c", script], cwd=gone, env=environment(home_path), capture_output=True, text=True
+    )
+    assert ended.stderr == (
+        "outlive: the folder that this runs in is gone; start it in another one, or name a thread with --thread\n"
+    )
+
+
+async def test_what_a_model_starts_over_http_does_not_inherit_the_token(home: Home) -> None:
+    async with an_endpoint(home.path, "agent") as endpoint, endpoint.client() as client:
+        assert (await called(client, "exec_command", cmd="env"))["output"].count("OUTLIVE_MCP_TOKEN") == 0
 
 
 # The same server without a process of its own: what takes no other transport to be seen.
@@ -268,6 +335,7 @@ async def test_of_a_broker_that_is_stopped_every_request_tells_in_time(
     host: outlive.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bridge, "SILENCE_MAX", 0.3)
+    monkeypatch.setattr(transcripts, "_BEGUN_WITHIN", 0.3)
     async with Client(Bridge(a_thread(host)).server) as client:
         pid = (await host.status())["broker_pid"]
         os.kill(pid, signal.SIGSTOP)
@@ -275,6 +343,8 @@ async def test_of_a_broker_that_is_stopped_every_request_tells_in_time(
         assert (await refused(client, "list_sessions")).startswith(f"list_sessions: {silence}")
         with pytest.raises(MCPError, match=f"resources/list: {silence}"):
             await client.list_resources()
+        with pytest.raises(MCPError, match=r"no answer within 0\.3 s; listen again"):
+            await client.listen(resource_subscriptions=["outlive://agent/4711"]).__aenter__()
         os.kill(pid, signal.SIGCONT)
 
 
@@ -435,6 +505,29 @@ async def test_transcripts_are_resources_and_a_client_is_told_when_there_is_more
                 await client.read_resource(wrong)
         # The agent is still to get all of it.
         assert (await called(client, "write_stdin", session_id=session))["output"] == "onetwo"
+
+
+async def test_a_transcript_that_never_stops_growing_is_read_up_to_where_it_was(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = a_thread(host)
+    read = thread.read_output
+
+    async def and_more(process_id: str, offset: int = 0, **settings: Any) -> Output:
+        output = await read(process_id, offset, **settings)
+        if offset < 10_000:  # as much as was read has come meanwhile
+            return structs.replace(
+                output, pieces=[(offset, b"x" * 10)], next_offset=offset + 10, written=offset + 20
+            )
+        return structs.replace(output, written=30)
+
+    monkeypatch.setattr(thread, "read_output", and_more)
+    async with Client(Bridge(thread).server) as client:
+        await called(client, "exec_command", cmd="true")
+        (one,) = (await called(client, "list_sessions", all=True))["sessions"]
+        (content,) = (await client.read_resource(f"outlive://agent/{one['session_id']}")).contents
+        assert isinstance(content, types.TextResourceContents)
+        assert content.text == "x" * 30
 
 
 async def test_a_client_of_before_subscribes_to_a_transcript(

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import outlive
+from outlive.common.errors import Unavailable
+from outlive.common.messages import WaitRow
 from outlive.scripts.doors.catalogue import TOOLS, call
 
 from .agents import OUTLIVE, environment
@@ -150,6 +152,23 @@ async def test_a_wait_is_over_when_any_or_all_of_what_it_is_for_has_come_true(ho
         f"Session {ended}: Process exited with code 3, before what was waited for came true\n"
         f"Session {lasting}: running; not yet\nTimed out; call wait again to go on waiting."
     )
+
+
+async def test_of_a_broker_that_knows_no_cursor_no_match_before_it_is_believed(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = await host.thread("agent")
+    wait_until = thread.wait_until
+
+    async def as_before(process_id: str, *rules: object, since: int = 0) -> WaitRow:
+        return await wait_until(process_id, *rules)
+
+    monkeypatch.setattr(thread, "wait_until", as_before)
+    shell = await thread.exec_command("echo ready")
+    asked = {"session_ids": [int(shell.process_id)], "match": "ready"}
+    with pytest.raises(Unavailable, match="cursor: 1: the broker is an older one"):
+        await call(thread, "wait", {**asked, "cursor": 1})
+    assert (await call(thread, "wait", asked)).structured()["sessions"][0]["offset"] == 0
 
 
 async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(host: outlive.Host) -> None:

@@ -101,6 +101,12 @@ def test_arguments_that_are_no_object_are_refused(arguments: object) -> None:
         understood(vocabulary.ExecCommand, arguments)
 
 
+@pytest.mark.parametrize("arguments", [{"\ud800": 1}, {"session_ids": ["\ud800"]}, {"match": "\ud800"}])
+def test_half_a_character_is_refused_wherever_it_is(arguments: dict[str, object]) -> None:
+    with pytest.raises(BadRequest, match=r"'\\ud800': has half a character in it"):
+        understood(vocabulary.Wait, arguments)
+
+
 def test_null_and_numbers_as_text_are_what_a_model_means_by_them() -> None:
     understood_ = understood(vocabulary.WriteStdin, {"session_id": "4711", "chars": None, "yield_time_ms": 300.0})
     assert (understood_.session_id, understood_.chars, understood_.yield_time_ms) == (4711, "", 300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx2
@@ -10,7 +11,7 @@ from starlette.responses import PlainTextResponse
 
 from outlive.common.errors import BadRequest
 from outlive.common.paths import Paths
-from outlive.scripts.doors.endpoint import Guard, token_of
+from outlive.scripts.doors.endpoint import Guard, listener_of, token_of
 
 RIGHT = {"Authorization": "Bearer secret"}
 
@@ -55,6 +56,15 @@ def test_the_token_is_made_once_for_you_alone(tmp_path: Path) -> None:
 
 def test_a_token_that_can_be_guessed_is_refused(tmp_path: Path) -> None:
     paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
-    assert token_of(paths, {"OUTLIVE_MCP_TOKEN": "x" * 16}) == ("x" * 16, "OUTLIVE_MCP_TOKEN")
+    environment = {"OUTLIVE_MCP_TOKEN": "x" * 16}
+    assert token_of(paths, environment) == ("x" * 16, "OUTLIVE_MCP_TOKEN")
+    assert environment == {}
     with pytest.raises(BadRequest, match="OUTLIVE_MCP_TOKEN: 5 characters; use at least 16, of ASCII"):
         token_of(paths, {"OUTLIVE_MCP_TOKEN": "short"})
+
+
+def test_a_connection_sends_the_parts_of_an_answer_without_waiting_between_them() -> None:
+    with listener_of("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

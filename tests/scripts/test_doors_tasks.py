@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from typing import Any
 
 import mcp_types as types
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp.shared.exceptions import MCPError
 
+from outlive.scripts.doors import tasks
 from outlive.scripts.doors.tasks import _meaning_of, _name_of
 
 ANY_JSON = st.recursive(
@@ -29,6 +32,25 @@ def test_an_id_says_since_when_is_waited_for_what() -> None:
 
 def test_two_waits_for_the_same_are_two_tasks() -> None:
     assert _name_of(1.0, {"session_ids": [1]}) != _name_of(1.0, {"session_ids": [1]})
+
+
+async def test_a_wait_that_is_over_at_once_is_answered_though_there_are_too_many_to_remember(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "_REMEMBERED", 0)
+    result = types.CallToolResult(content=[])
+    go = asyncio.Event()
+
+    async def run(arguments: dict[str, Any]) -> types.CallToolResult:
+        await go.wait()
+        return result
+
+    waits = tasks.Tasks(run)
+    first = asyncio.create_task(waits.start({"session_ids": [1]}))
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.sleep(0)  # the first one is over, and does not know it yet
+    assert await asyncio.gather(first, waits.start({"session_ids": [2]})) == [result, result]
 
 
 @given(text=st.text())

@@ -182,6 +182,14 @@ def test_a_larger_screen_has_room_at_once(kind: type[Emulator]) -> None:
 
 
 @each_emulator
+def test_a_screen_is_no_wider_than_its_terminal_whatever_a_program_asks_for(kind: type[Emulator]) -> None:
+    picture = drawn(kind, b"\x1b[?40h\x1b[?3h" + b"x" * 40)
+    assert len(picture.lines) == 4
+    assert max(map(len, picture.lines)) == 10
+    assert picture.column < 10
+
+
+@each_emulator
 def test_after_a_gap_nothing_of_the_moment_is_left(kind: type[Emulator]) -> None:
     for cut in (b"\x1b[3", b"\x1b]0;title", b"\x1bPq", b"\x1b[2;3r", b"\x1b(0", b"\x1b[4h"):
         screen = drawn(kind, b"\x1b[?1049h\x1b[Hqq\x1b[4;1H", cut, AFTER_GAP, b"\x1b[1;1Hm\x1b[4;1H\nx")
