@@ -264,9 +264,15 @@ class OutliveSandboxClient(UnixLocalSandboxClient):
         )
 
     async def resume(self, state: SandboxSessionState) -> SandboxSession:
-        """Return the session of `state`, with the processes that live of it; raises `TypeError` for another's."""
+        """Return the session of `state`, with the processes that live of it.
+
+        Raises `TypeError` for a state of another backend, `ValueError` for one whose workspace is not its own.
+        """
         if not isinstance(state, OutliveSandboxSessionState):
             raise TypeError(f"state: a {type(state).__name__} is of another backend than {self.backend_id}")
+        root = state.manifest.root
+        if state.workspace_root_owned and Path(root).name != str(state.session_id):  # `delete` would remove it
+            raise ValueError(f"state: {root} is not the workspace of session {state.session_id}; it was changed")
         state.assert_path_grants_rebound()
         return self._session(state, used=True)
 

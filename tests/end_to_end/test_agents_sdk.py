@@ -232,6 +232,16 @@ async def test_a_state_serializes_and_is_found_by_its_type(
 # The run ended, or the application died.
 
 
+async def test_a_state_that_claims_a_folder_of_others_is_refused_before_anything_could_remove_it(
+    client: outlive.OutliveSandboxClient, sandbox: SandboxSession, tmp_path: Path
+) -> None:
+    payload = client.serialize_session_state(sandbox.state)
+    payload["manifest"]["root"] = str(tmp_path)  # type: ignore[index]
+    payload["workspace_root_owned"] = True
+    with pytest.raises(ValueError, match="is not the workspace of session"):
+        await client.resume(client.deserialize_session_state(payload))
+
+
 async def test_a_resumed_session_has_its_processes_and_its_workspace_as_it_was(
     client: outlive.OutliveSandboxClient, tmp_path: Path
 ) -> None:
