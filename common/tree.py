@@ -68,7 +68,8 @@ def members(*starts: Root) -> list[list[psutil.Process]]:
             processes[pid] = process
             children.setdefault(process.ppid(), []).append(pid)
             variables = _environment(pid)
-            if any(variable.startswith(ROLE + b"=") for variable in variables):
+            # A leader was started as a command, whatever it says that it is.
+            if pid not in leaders and any(variable.startswith(ROLE + b"=") for variable in variables):
                 ours.add(pid)
                 continue
             tree = next((marks[one] for one in variables if one in marks), None)

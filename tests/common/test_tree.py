@@ -145,6 +145,14 @@ def test_our_own_runtime_and_its_children_are_spared(children: Children, mark: s
             process.kill()
 
 
+def test_a_command_that_calls_itself_our_own_runtime_is_not_spared(children: Children, mark: str) -> None:
+    handles = children.start(
+        "/usr/bin/env", f"{launch.ROLE.decode()}=x", "/bin/sleep", "1000", tty=False, mark=mark
+    )
+    eventually(lambda: psutil.Process(pid_of(handles)).name() == "sleep")
+    assert pids(tree.root(mark, handles.pidfd)) == {pid_of(handles)}
+
+
 def test_a_reaped_leaders_pid_is_nobodys(children: Children, mark: str) -> None:
     handles = children.start("/bin/true", tty=False, mark=mark)
     pid = pid_of(handles)
