@@ -276,7 +276,7 @@ async def test_a_start_that_fails_once_the_worker_is_gone_costs_the_log_no_trace
     (pid,) = family.nursery.pids
     os.kill(pid, signal.SIGSTOP)
     start = asyncio.create_task(family.start(b"/bin/true", cwd=b"/nowhere"))
-    while not family.nursery.starting:
+    while not any(spawner.starts for spawner in family.nursery._spawners):
         await asyncio.sleep(0)
     closing = asyncio.create_task(close_nursery(family.nursery))
     await asyncio.wait({start})
