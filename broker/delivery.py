@@ -194,6 +194,8 @@ class Delivery:
                 for letter in self._outbox.of(call.thread):  # of the former program
                     if not letter.process_id and letter.fate.is_due:
                         self._fate(letter, Event.STOPPED)
+                    elif letter.fate.state is State.DELIVERED:
+                        self._fate(letter, Event.REPLACED)
                 self._outbox.start(call.thread, program)
                 written: asyncio.Future[Letter] = asyncio.get_running_loop().create_future()
                 self._outbox.new(key, {}, written.set_result)
@@ -365,6 +367,8 @@ class Delivery:
         thread = box.thread
         program = self._outbox.programs[thread.thread_id]
         due = [letter for letter in self._outbox.of(thread.thread_id) if letter.fate.is_due]
+        # A start names its run (`Wake.number`): what the former program had begun for the others is not this one's.
+        due.sort(key=lambda letter: bool(letter.process_id))
         letters = [letter for letter in due if letter.fate.state is State.DELIVERED]
         if not letters:
             letters, number = _that_fit(due), self._outbox.new_run()

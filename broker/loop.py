@@ -631,17 +631,22 @@ class Broker:
         return any(topic.startswith(wanted) for wanted in self._topics)
 
     def _subscription(self, frames: list[bytes]) -> None:
-        """XPUB tells who wants what: the first who wants a topic, and when nobody does any more."""
-        frame = frames[0]
-        subscribed, topic = frame[:1] == b"\1", frame[1:]
-        if b"event".startswith(topic) or b"delta".startswith(topic):
-            (self._topics.add if subscribed else self._topics.discard)(topic)
-            if self.deltas_wanted != self._is_wanted(b"delta"):
-                self.deltas_wanted = not self.deltas_wanted
-                self.threads.want_deltas(self.deltas_wanted)
-        elif frame.startswith(b"\1" + messages.READY_TOPIC):
-            with suppress(zmq.ZMQError):
-                self._events.send([frame[1:], b""])
+        """XPUB tells who wants what: the first who wants a topic, and when nobody does any more.
+
+        Whatever else a subscriber says comes this way, too: what begins with neither 1 nor 0 is of no topic.
+        """
+        for frame in frames:
+            subscribed, topic = frame[:1] == b"\1", frame[1:]
+            if frame[:1] not in (b"\0", b"\1"):
+                continue
+            if b"event".startswith(topic) or b"delta".startswith(topic):
+                (self._topics.add if subscribed else self._topics.discard)(topic)
+                if self.deltas_wanted != self._is_wanted(b"delta"):
+                    self.deltas_wanted = not self.deltas_wanted
+                    self.threads.want_deltas(self.deltas_wanted)
+            elif frame.startswith(b"\1" + messages.READY_TOPIC):
+                with suppress(zmq.ZMQError):
+                    self._events.send([topic, b""])
 
 
 def _told(event: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Event(Enum):
     RETRIED = auto()  # a person wants it delivered
     DROPPED = auto()  # a person does not
     STOPPED = auto()  # the program was taken away
+    REPLACED = auto()  # another program has taken the place of the one whose run had it
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ FATES: Mapping[State, Mapping[Event, State]] = {
         Event.FAILED: State.PENDING,  # or DEAD, see `after`
         # The same run again: a wake that joined it now would be unknown to what that has begun.
         Event.WORKER_DIED: State.DELIVERED,
+        # What the other one had begun is not the new one's: it is part of its first run, as if of none before.
+        Event.REPLACED: State.PENDING,
         # The program reads what it was woken for.
         Event.READ: State.DELIVERED,
         Event.DROPPED: State.DROPPED,
@@ -136,8 +139,9 @@ IMPOSSIBLE_FATES: Mapping[tuple[State, Event], str] = {
     **{
         (state, event): _NO_RUN
         for state in (State.NEW, State.PENDING, State.DONE, State.READ, State.DEAD)
-        for event in (Event.ACKNOWLEDGED, Event.FAILED, Event.WORKER_DIED)
+        for event in (Event.ACKNOWLEDGED, Event.FAILED, Event.WORKER_DIED, Event.REPLACED)
     },
+    (State.DROPPED, Event.REPLACED): _OVER,
     **{(state, Event.COMMITTED): _WRITTEN for state in (State.PENDING, State.DELIVERED, State.DONE, State.DEAD)},
     **{(state, Event.DELIVERED): _NOT_DUE for state in State if state is not State.PENDING},
     **{

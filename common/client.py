@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
@@ -246,7 +247,8 @@ class Host:
             socket.connect(f"ipc://{address}")
             port = wire.Port(socket, receive)
             lost = asyncio.create_task(connection.lost.wait())
-            last = 0
+            # Until it is ready, what happens is among the recent ones.
+            last = sys.maxsize if recent else 0
             try:
                 while True:
                     coming = asyncio.create_task(arrived.get())
@@ -263,6 +265,7 @@ class Host:
                             reply = await connection.ask(RecentEvents(), None)
                         except ConnectionError:
                             return
+                        last = 0
                         for event in wire.result_of(reply, list[dict[str, Any]]):
                             last = event["seq"]
                             yield event

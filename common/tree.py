@@ -59,21 +59,24 @@ def members(*starts: Root) -> list[list[psutil.Process]]:
     processes: dict[int, psutil.Process] = {}
     children: dict[int, list[int]] = {}
     ours: set[int] = set()
-    for process in psutil.process_iter():
+    for pid in psutil.pids():
         with suppress(psutil.Error, OSError):
+            # Not by `process_iter`: it remembers, and leaves out who was given the pid since its last search.
+            process = psutil.Process(pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            processes[process.pid] = process
-            children.setdefault(process.ppid(), []).append(process.pid)
-            variables = _environment(process.pid)
-            if any(variable.startswith(ROLE + b"=") for variable in variables):
-                ours.add(process.pid)
+            processes[pid] = process
+            children.setdefault(process.ppid(), []).append(pid)
+            variables = _environment(pid)
+            # A leader was started as a command, whatever it says that it is.
+            if pid not in leaders and any(variable.startswith(ROLE + b"=") for variable in variables):
+                ours.add(pid)
                 continue
             tree = next((marks[one] for one in variables if one in marks), None)
             if tree is None and leaders:
-                tree = leaders.get(os.getsid(process.pid))
+                tree = leaders.get(os.getsid(pid))
             if tree is not None:
-                found[process.pid] = tree
+                found[pid] = tree
     queue = list(found)
     while queue:
         parent = queue.pop()
@@ -92,6 +95,15 @@ def send(number: int, *starts: Root) -> list[int]:
     return [sum(_signal(process, number) for process in found) for found in members(*starts)]
 
 
+@dataclass(slots=True, eq=False)
+class _Tree:
+    """A tree that is being killed: who has the pidfd, the looks that are left, and what tells who waits."""
+
+    handles: Handles
+    looks: int
+    felled: asyncio.Future[None]
+
+
 class Feller:
     """Kills trees, all that it is asked to by one search after the other.
 
@@ -99,38 +111,48 @@ class Feller:
     """
 
     def __init__(self) -> None:
-        # The mark, who has the pidfd, the looks that are left, and who waits.
-        self._trees: list[tuple[str, Handles, int, asyncio.Future[None]]] = []
+        self._trees: dict[str, _Tree] = {}
         self._work: asyncio.Task[None] | None = None
 
     async def fell(self, mark: str, handles: Handles) -> None:
-        """Kill a tree; returns when nothing of it is left, but for what is in uninterruptible sleep."""
-        felled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._trees.append((mark, handles, _LOOKS, felled))
+        """Kill a tree; returns when nothing of it is left, but for what is in uninterruptible sleep.
+
+        Whoever asks for the same one meanwhile waits for the same end; a caller that is cancelled stops nothing.
+        """
+        tree = self._trees.get(mark)
+        if tree is None:
+            tree = self._trees[mark] = _Tree(handles, _LOOKS, asyncio.get_running_loop().create_future())
         if self._work is None:
             self._work = asyncio.create_task(self._go_on())
-        await felled
+        await asyncio.shield(tree.felled)
 
     async def _go_on(self) -> None:
-        while self._trees:
-            trees, self._trees = self._trees, []
+        try:
+            while self._trees:
+                if any(await self._look()):
+                    await asyncio.sleep(_LOOK)
+        finally:
+            self._work = None
+            for tree in self._trees.values():  # we were cancelled
+                tree.felled.cancel()
+            self._trees.clear()
+
+    async def _look(self) -> list[int]:
+        """Kill what is found; return of how many processes each tree was."""
+        trees = dict(self._trees)
+        try:
             # Now, not when it was asked for: the leader may have been reaped since.
-            roots = [root(mark, handles.pidfd) for mark, handles, *_ in trees]
-            try:
-                left = await asyncio.to_thread(send, signal.SIGKILL, *roots)
-            except Exception as error:  # whoever waits is to know, and the next search is to be made
-                for *_, felled in trees:
-                    if not felled.done():
-                        felled.set_exception(error)
-                continue
-            for (mark, handles, looks, felled), alive in zip(trees, left, strict=True):
-                if alive and looks:
-                    self._trees.append((mark, handles, looks - 1, felled))
-                elif not felled.done():
-                    felled.set_result(None)
-            if any(left):
-                await asyncio.sleep(_LOOK)
-        self._work = None
+            roots = [root(mark, tree.handles.pidfd) for mark, tree in trees.items()]
+            left = await asyncio.to_thread(send, signal.SIGKILL, *roots)
+        except Exception as error:  # whoever waits is to know, and the next search is to be made
+            for mark in trees:
+                self._trees.pop(mark).felled.set_exception(error)
+            return []
+        for (mark, tree), alive in zip(trees.items(), left, strict=True):
+            tree.looks -= 1
+            if not alive or tree.looks < 0:
+                self._trees.pop(mark).felled.set_result(None)
+        return left
 
 
 def _environment(pid: int) -> list[bytes]:

@@ -7,7 +7,8 @@ before this one, also those whose processes have ended and were collected.
 Always true
     A call without an id of its own counts once in its run.  A program that is run again, since it failed or its
     worker died, is given what it had started by then, and what it had been answered: the first, second, … of the
-    same calls starts nothing, types nothing and sets no rule a second time.
+    same calls starts nothing, types nothing and sets no rule a second time.  Typing only as long as a process knows
+    its calls (`common.inlet`): a run that had made more than 100 to one, polls among them, types anew.
 """
 
 from __future__ import annotations

@@ -29,15 +29,15 @@ PLAIN_ENVIRONMENT: dict[bytes, bytes] = {
 
 def environment_of(call: ExecCommand, facts: Facts) -> dict[bytes, bytes]:
     """Return the environment of a child; what the call sets wins over what makes programs print plainly."""
-    inherited = {
-        name: value for name, value in call.environment.items() if name not in (launch.ROLE, launch.LIMITS)
-    }
+    # Whoever carries what is only for our own processes is never signalled.
+    ours = launch.ROLE, launch.LIMITS
+    given = call.environment | PLAIN_ENVIRONMENT | call.overrides
     known_by = {
         launch.THREAD: facts.thread_id.encode(),
         launch.PROCESS: facts.process_id.encode(),
         launch.MARK: facts.mark.encode(),
     }
-    return inherited | PLAIN_ENVIRONMENT | call.overrides | known_by
+    return {name: value for name, value in given.items() if name not in ours} | known_by
 
 
 def command_line(call: ExecCommand) -> list[bytes]:

@@ -155,7 +155,8 @@ class Spawner:
         except (OutliveError, OSError) as error:
             handles.close()
             stage = error.stage if isinstance(error, SpawnError) else "prepare"
-            self.worker.send_patiently("failed", number=number, stage=stage, message=str(error))
+            with suppress(HandoffError):  # the worker is gone
+                self.worker.send_patiently("failed", number=number, stage=stage, message=str(error))
             return
         rows, fds = parcel_rows({key: handles.held()})
         child = _Child(facts, Handles({"transcript": handles.transcript, "pidfd": handles.pidfd}))

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -144,6 +145,14 @@ def test_our_own_runtime_and_its_children_are_spared(children: Children, mark: s
             process.kill()
 
 
+def test_a_command_that_calls_itself_our_own_runtime_is_not_spared(children: Children, mark: str) -> None:
+    handles = children.start(
+        "/usr/bin/env", f"{launch.ROLE.decode()}=x", "/bin/sleep", "1000", tty=False, mark=mark
+    )
+    eventually(lambda: psutil.Process(pid_of(handles)).name() == "sleep")
+    assert pids(tree.root(mark, handles.pidfd)) == {pid_of(handles)}
+
+
 def test_a_reaped_leaders_pid_is_nobodys(children: Children, mark: str) -> None:
     handles = children.start("/bin/true", tty=False, mark=mark)
     pid = pid_of(handles)
@@ -164,3 +173,60 @@ def test_a_recycled_pid_is_not_signalled(children: Children) -> None:
     assert not kernel.is_dead(found.pid, kernel.start_time(found.pid) or 0)
     assert tree._signal(psutil.Process(found.pid), signal.SIGKILL)
     await_end(handles.pidfd)
+
+
+def test_who_was_given_a_pid_since_the_last_search_is_found_by_the_next(children: Children, mark: str) -> None:
+    handles = children.start("/bin/sleep", "1000", tty=False, mark=mark)
+    start = tree.root(mark, handles.pidfd)
+    eventually(lambda: pids(start) == {pid_of(handles)})
+    # As if the pid had been somebody else's when all processes were last listed.
+    (former,) = (process for process in psutil.process_iter() if process.pid == pid_of(handles))
+    former._create_time = 1.0  # type: ignore[attr-defined]
+    former._ident = (former.pid, 1.0)  # type: ignore[attr-defined]
+    assert pids(start) == {pid_of(handles)}
+
+
+async def test_whoever_asks_for_the_same_tree_waits_until_it_is_felled(
+    children: Children, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles = children.start("/bin/sleep", "1000", tty=False, mark=mark)
+    start = tree.root(mark, handles.pidfd)
+    feller = tree.Feller()
+    signalled, left = count(), []
+    kill = tree._signal
+
+    def in_uninterruptible_sleep(process: psutil.Process, number: int) -> bool:
+        return next(signalled) < 3 or kill(process, number)
+
+    async def ask() -> None:
+        await feller.fell(mark, handles)
+        left.append(pids(start))
+
+    monkeypatch.setattr(tree, "_signal", in_uninterruptible_sleep)
+    await asyncio.gather(ask(), ask())
+    assert left == [set(), set()]
+
+
+async def test_a_tree_is_felled_though_who_asked_was_cancelled(children: Children, mark: str) -> None:
+    handles = children.start("/bin/sleep", "1000", tty=False, mark=mark)
+    feller = tree.Feller()
+    first = asyncio.create_task(feller.fell(mark, handles))
+    second = asyncio.create_task(feller.fell(mark, handles))
+    await asyncio.sleep(0)
+    first.cancel()
+    await second
+    assert first.cancelled()
+    assert pids(tree.root(mark, handles.pidfd)) == set()
+
+
+async def test_after_a_search_that_failed_the_next_is_made(
+    children: Children, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles = children.start("/bin/sleep", "1000", tty=False, mark=mark)
+    feller = tree.Feller()
+    with monkeypatch.context() as broken:
+        broken.setattr(kernel, "pidfd_pid", lambda pidfd: open("/no/such/file"))  # noqa: SIM115
+        with pytest.raises(FileNotFoundError):
+            await feller.fell(mark, handles)
+    await feller.fell(mark, handles)
+    assert pids(tree.root(mark, handles.pidfd)) == set()

@@ -10,9 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+import zmq.asyncio
 
 import outlive
+from outlive.common.messages import Reply
 
 from .conftest import HELD, PYTHON, Home
 
@@ -232,3 +235,47 @@ async def test_a_sleep_a_death_of_the_broker_and_a_wake_are_heard_as_a_story(
         *("broker up", "wake pending", "worker up"),
     ]
     assert sorted(story[-2:]) == ["end", "reattached"]
+
+
+async def test_what_a_subscriber_says_otherwise_takes_nothing_from_the_others(
+    home: Home, host: outlive.Host
+) -> None:
+    async with listening(host) as listener:
+        with zmq.asyncio.Context() as context, context.socket(zmq.XSUB) as socket:
+            socket.linger = 0
+            socket.connect(f"ipc://{home.paths.events}")
+            for said in (b"-", b"-event", b"-delta", b"\1ready-heard"):
+                await socket.send(said)
+            await socket.recv()  # all of it was taken in
+            thread = await host.thread("order")
+            await thread.exec_command(["echo", "hello"])
+            await listener.until(event="delta", thread="order")
+            await listener.until(event="end", thread="order")
+
+
+async def test_what_happens_before_the_recent_events_are_asked_for_is_told_once(home: Home) -> None:
+    class Broker:
+        """It has had one event when it is asked."""
+
+        lost = asyncio.Event()
+
+        async def ask(self, body: object, deadline: None) -> Reply:
+            return Reply(v=1, id=1, result=[{"event": "begin", "seq": 1}])
+
+    async def tell(number: int) -> None:
+        await socket.send_multipart([b"event", msgpack.packb({"event": "begin", "seq": number})])
+
+    home.paths.run.mkdir(parents=True, exist_ok=True)
+    host = outlive.Host(home.paths)
+    with host._context, zmq.asyncio.Context() as context, context.socket(zmq.XPUB) as socket:
+        socket.bind(f"ipc://{home.paths.events}")
+        events = host._events_of(Broker(), deltas=False, recent=True)  # type: ignore[arg-type]
+        first = asyncio.create_task(anext(events))
+        assert await socket.recv() == b"\1event"
+        ready = (await socket.recv())[1:]
+        await tell(1)
+        await socket.send_multipart([ready, b""])
+        await tell(2)
+        assert [(await first)["seq"], (await anext(events))["seq"]] == [1, 2]
+        await events.aclose()
+    home.paths.events.unlink()

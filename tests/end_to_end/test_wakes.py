@@ -269,6 +269,49 @@ async def test_a_program_that_runs_again_since_its_worker_died_types_nothing_twi
     assert second.count("again") >= 2
 
 
+# At its start it waits for the end of what it runs; woken, it does something and fails.
+FORMER = """
+import os, signal
+
+async def main(session, wake):
+    if wake.reason == "start":
+        await session.exec_command(["sh", "-c", "read go <gate"], wake_on=["exit"], yield_time_ms=250)
+    else:
+        await session.exec_command("echo again >>ran")
+        FAIL
+"""
+LATTER = """
+async def main(session, wake):
+    await session.exec_command("echo again >>ran")
+    with open("log", "a") as log:
+        print(wake.reason, *(match.rule for match in wake.matches), file=log)
+"""
+
+
+@pytest.mark.parametrize("failing", ["os.kill(os.getpid(), signal.SIGKILL)", "raise ValueError"])
+async def test_a_program_that_takes_anothers_place_is_started_with_what_was_left_and_repeats_none_of_its_calls(
+    agent: Agent, fifo: Callable[[str], Path], failing: str
+) -> None:
+    gate = fifo("gate")
+    (agent.folder / "gate").symlink_to(gate)
+    (agent.folder / "former.py").write_text(FORMER.replace("FAIL", failing))
+    (agent.folder / "latter.py").write_text(LATTER)
+    await agent.thread.start("former.py:main", workdir=agent.folder)
+    await agent.asleep()
+    let_go(gate)
+    await eventually(lambda: agent.lines("ran"))
+    while True:
+        try:
+            await agent.thread.start("latter.py:main", workdir=agent.folder)
+            break
+        except outlive.BadRequest:  # it runs at this moment
+            await asyncio.sleep(0.01)
+    await agent.asleep()
+    assert agent.lines() == ["start start exit"]
+    assert agent.lines("ran") == ["again", "again"]
+    assert await agent.states() == ["done", "done", "done"]
+
+
 async def test_fifty_ends_at_once_are_a_few_runs_and_none_is_lost(agent: Agent, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     line = 'until [ -e "$0" ]; do sleep 0.05; done'

@@ -294,7 +294,8 @@ async def test_children_get_a_plain_environment_unless_the_call_sets_it(house: A
         launch.MARK: b"of an outer process",
     }
     command = [b"env", b"-0"]
-    response = await desk.run(command, environment=environment, overrides={b"LANG": b"C", b"PAGER": b"less"})
+    overrides = {b"LANG": b"C", b"PAGER": b"less", b"OUTLIVE_ROLE": b"broker", b"OUTLIVE_LIMITS": b"1,1"}
+    response = await desk.run(command, environment=environment, overrides=overrides)
     found = dict(line.split("=", 1) for line in response.output.split("\0") if line)
     plain = {name.decode(): value.decode() for name, value in PLAIN_ENVIRONMENT.items()}
     mark = found.pop("OUTLIVE_MARK")

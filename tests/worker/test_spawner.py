@@ -21,7 +21,7 @@ from outlive.common.errors import SpawnError
 from outlive.common.outcome import Outcome
 from outlive.common.transcript import Gap, Transcript
 
-from .conftest import readable
+from .conftest import close_nursery, readable
 
 
 def text(held: Any) -> bytes:
@@ -269,6 +269,20 @@ async def test_fifty_ends_leave_no_zombie_and_no_descriptor(family: Any, tty: bo
         await family.run(b"/bin/true", tty=tty)
         family.helds.pop().close()
     await settled(family)
+
+
+async def test_a_start_that_fails_once_the_worker_is_gone_costs_the_log_no_traceback(family: Any) -> None:
+    await family.run(b"/bin/true")
+    (pid,) = family.nursery.pids
+    os.kill(pid, signal.SIGSTOP)
+    start = asyncio.create_task(family.start(b"/bin/true", cwd=b"/nowhere"))
+    while not any(spawner.starts for spawner in family.nursery._spawners):
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(close_nursery(family.nursery))
+    await asyncio.wait({start})
+    os.kill(pid, signal.SIGCONT)
+    await closing
+    assert isinstance(start.exception(), SpawnError)  # of the log, see `family`
 
 
 async def test_the_spawner_is_not_disturbed_by_keys_and_leads_its_own_session(family: Any) -> None:
