@@ -32,7 +32,7 @@ from outlive.common.messages import Collected, Ended, Orphaned, Request
 from outlive.common.outcome import Outcome
 from outlive.common.paths import Paths
 from outlive.common.pump import Pump, Pumps
-from outlive.common.transcript import Lease, Transcript, mark_started
+from outlive.common.transcript import Gap, Lease, Transcript, mark_started
 
 COUNTER = ("/bin/sh", "-c", "stty -echo; n=0; while read w; do n=$((n+1)); echo $w $n; done")
 
@@ -175,7 +175,7 @@ class Stage:
         assert held is not None
         await held.type(word + b"\n", float("inf"))
         while wanted not in b"".join(
-            part[1] for part in held.transcript.read(0, 1 << 30) if isinstance(part, tuple)
+            part[1] for part in held.transcript.read(0, 1 << 30) if not isinstance(part, Gap)
         ):
             assert not held.ended
             await held.until_output(held.pump.written, float("inf"))
