@@ -532,8 +532,9 @@ class Processes(ABC):
             self._expire_ended(self.threads[held.key[0]])
         else:
             entry.tell()
-        if held.transcript.live().told and not entry.told:  # by whom, a broker knew that has died
-            asyncio.get_running_loop().call_later(REPEATED_WITHIN, self._settle_told, entry)
+        if held.transcript.live().told:
+            # To whom, a broker knew that has died; or a worker had it when the time for repetitions was over.
+            asyncio.get_running_loop().call_later(0 if entry.told else REPEATED_WITHIN, self._settle_told, entry)
 
     def _settle_told(self, entry: Entry) -> None:
         entry.told = True

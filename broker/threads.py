@@ -171,6 +171,7 @@ class ThreadManager(Workers):
     async def _within(self, thread: Thread, handoff: Coroutine[Any, Any, T], what: str) -> T:
         """Wait for a handoff within its deadline; a slow one goes on without its caller."""
         task = self.spawn(handoff)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may have gone
         done, _ = await asyncio.wait({task}, timeout=HANDOFF_DEADLINE)
         if not done:
             raise Unavailable(

@@ -654,6 +654,20 @@ async def test_a_detached_end_is_recorded_at_once_and_announced_after_the_reatta
     assert stage.events("end") == ["1000"]
 
 
+async def test_what_was_told_goes_also_when_its_worker_had_it_as_the_time_for_repetitions_was_over(
+    stage: Stage,
+) -> None:
+    await stage.wake()
+    handles = stage.attach("1000", "/bin/sh", "-c", "exit 5")
+    Transcript(handles.transcript).record_told()
+    stage.manager._settle_told(stage.entry("1000"))
+    stopped(handles)
+    stage.die()
+    while "1000" in stage.thread.entries:
+        await asyncio.sleep(0)
+    assert stage.thread.journal.get("1000").row["outcome"] == {"kind": "exited", "code": 5}
+
+
 async def test_a_collected_process_answers_from_the_journal_and_holds_no_descriptor(
     stage: Stage, descriptors: Callable[[], int]
 ) -> None:
