@@ -37,7 +37,7 @@ async def chaos(*arguments: str) -> tuple[int, dict[str, Any]]:
     ids=lambda value: str(value),
 )
 async def test_the_killed_cost_nothing(kind: str, kills: int) -> None:
-    status, toll = await chaos(kind, "--kills", str(kills), "--children", "2")
+    status, toll = await chaos(kind, "--kills", str(kills), "--children", "1")
     assert toll["evidence"] == []
     assert status == 0
     assert toll["kills"] >= kills
@@ -46,7 +46,7 @@ async def test_the_killed_cost_nothing(kind: str, kills: int) -> None:
 
 @pytest.mark.timeout(180)
 async def test_upgrades_cost_nothing() -> None:
-    status, toll = await chaos("upgrade", "--times", "3", "--children", "2")
+    status, toll = await chaos("upgrade", "--times", "3", "--children", "1")
     assert toll["evidence"] == []
     assert status == 0
     assert toll["upgrades"] == 3
