@@ -50,12 +50,10 @@ async def test_a_resize_is_seen_by_the_child_attached_and_detached(host: outlive
     thread = await host.thread("size")
     script = """
 import os, signal
-def size(*_):
-    print(os.get_terminal_size().lines, os.get_terminal_size().columns, flush=True)
-signal.signal(signal.SIGWINCH, size)
-size()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})
 while True:
-    signal.pause()
+    print(os.get_terminal_size().lines, os.get_terminal_size().columns, flush=True)
+    signal.sigwait({signal.SIGWINCH})
 """
     child = await thread.exec_command([*PYTHON, script], tty=True, size=(91, 31), yield_time_ms=250)
     await said(thread, child.process_id, b"31 91\r\n")
