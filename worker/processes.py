@@ -199,13 +199,16 @@ class ProcessManager:
 
     # Handoff.
 
-    async def export_processes(self) -> list[str]:
+    async def export_processes(self, wanted: Callable[[], bool] = lambda: True) -> list[str]:
         """Stop pumping everything and return the ids, now the broker's; calls under way answer first.
 
-        Their ids are unknown here afterwards, their streams have stopped.
+        `wanted` tells whether the broker that asked is still there once no start is under way: else nothing is
+        given, since nobody would take it.  Their ids are unknown here afterwards, their streams have stopped.
         """
         while self._starts:
             await asyncio.wait(list(self._starts.values()))
+        if not wanted():
+            return []
         for task in self._tasks:
             task.cancel()
         managed = [*self._processes.values(), *self._going.values()]

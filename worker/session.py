@@ -139,7 +139,8 @@ class Session:
         self.manager.held(body.process_id).look_for(body.rules)
 
     async def _export(self, body: messages.Export) -> list[str]:
-        return await self.manager.export_processes()
+        connection = self._link.connection
+        return await self.manager.export_processes(lambda: self._link.hears(connection))
 
     async def _terminate_all(self, body: messages.TerminateAll) -> list[str]:
         return await self.manager.terminate_all_processes()

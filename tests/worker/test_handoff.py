@@ -279,3 +279,13 @@ async def test_what_is_being_ended_is_handed_over_and_stays_marked(house: Any) -
         with suppress(ProcessLookupError):  # the victim's end may be over
             signal.pidfd_send_signal(handles.pidfd, signal.SIGKILL)
         handles.close()
+
+
+async def test_nothing_is_given_to_a_broker_that_has_gone_while_a_start_was_waited_for(house: Any) -> None:
+    desk = house.desk()
+    process_id = await desk.start("sleep 1000")
+    starting = asyncio.ensure_future(desk.start("sleep 1000"))
+    while not desk.manager.starting:
+        await asyncio.sleep(0)
+    assert await desk.manager.export_processes(lambda: False) == []
+    assert desk.manager.process_ids == sorted([process_id, await starting])
