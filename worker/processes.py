@@ -16,7 +16,8 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,14 @@ class Managed:
     watch: Watch
 
 
+@dataclass(slots=True)
+class _Start:
+    """A process that is being started, until it is in our hands."""
+
+    process_id: str
+    managed: asyncio.Future[Managed]
+
+
 class ProcessManager:
     """The processes of one thread session.  `send` tells the broker; it never blocks."""
 
@@ -93,9 +102,8 @@ class ProcessManager:
         self._random = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
         self._processes: dict[str, Managed] = {}
         self._going: dict[str, Managed] = {}
-        self._starts: dict[str, asyncio.Future[str]] = {}
-        # The ids of the processes that are being started, until they are in our hands.
-        self._starting: set[str] = set()
+        # What is being started, by call id.
+        self._starts: dict[str, _Start] = {}
         self._calls: dict[str, str] = {}
         # Call ids of collected processes, oldest first.
         self._collected: dict[str, None] = {}
@@ -113,7 +121,7 @@ class ProcessManager:
     @property
     def starting(self) -> list[str]:
         """The ids of the processes that are being started, sorted as strings."""
-        return sorted(self._starting)
+        return sorted(start.process_id for start in self._starts.values())
 
     def held(self, process_id: str) -> Held:
         """Return one process; raises `UnknownProcess`."""
@@ -134,23 +142,18 @@ class ProcessManager:
             raise ExpiredProcess(f"call {call.call_id} was answered before, and its process has been collected")
         known = self._calls.get(call.call_id)
         under_way = self._starts.get(call.call_id)
-        again = known is not None or under_way is not None
-        if known is not None:
-            process_id = known
-        elif under_way is not None:
-            process_id = await asyncio.shield(under_way)
-        else:
-            process_id = await self._start_once(call, warnings)
-        managed = self._managed(process_id)
-        self._talking[process_id] += 1
-        try:
-            deadline = started + exec_yield(call.yield_time_ms)
-            await managed.held.until_ended(deadline)
-            response = managed.held.answer(
-                started, call.max_output_tokens, since=0 if again else None, warnings=warnings
-            )
-        finally:
-            self._talked(process_id)
+        process_id = known or (under_way.process_id if under_way else self._new_id())
+        # From here on, so that a process is not let go between its start and all that waited for it.
+        with self._talk(process_id):
+            if known:
+                managed = self._managed(process_id)
+            elif under_way:
+                managed = await asyncio.shield(under_way.managed)
+            else:
+                managed = await self._start_once(call, process_id, warnings)
+            await managed.held.until_ended(started + exec_yield(call.yield_time_ms))
+            since = 0 if known or under_way else None
+            response = managed.held.answer(started, call.max_output_tokens, since=since, warnings=warnings)
         self._answered.add(process_id)
         return response
 
@@ -160,25 +163,19 @@ class ProcessManager:
         The same `write_id` again types nothing more, also when the first try was a former worker's.
         Raises `UnknownProcess` for an id that is not here, `StdinClosed` without a terminal.
         """
-        managed = self._managed(call.process_id)
-        self._talking[call.process_id] += 1
-        try:
+        held = self.held(call.process_id)
+        with self._talk(call.process_id):
             yield_s = write_yield(call.yield_time_ms, call.chars)
-            response = await managed.held.converse(call.chars, yield_s, call.max_output_tokens, call.write_id)
-        finally:
-            self._talked(call.process_id)
+            response = await held.converse(call.chars, yield_s, call.max_output_tokens, call.write_id)
         self._answered.add(call.process_id)
         return response
 
     async def read_output(self, call: ReadOutput) -> Output:
         """Return a piece of a transcript without delivering it; waits up to `wait_ms` for more."""
-        held = self._managed(call.process_id).held
-        self._talking[call.process_id] += 1
-        try:
+        held = self.held(call.process_id)
+        with self._talk(call.process_id):
             await held.until_output(call.offset, time.monotonic() + call.wait_ms / 1000)
             return held.piece(call.offset, call.limit)
-        finally:
-            self._talked(call.process_id)
 
     def settle(self, heard: Callable[[], bool] = lambda: True) -> None:
         """Drop the processes whose end and all output were in answers that have been sent.
@@ -205,8 +202,7 @@ class ProcessManager:
         `wanted` tells whether the broker that asked is still there once no start is under way: else nothing is
         given, since nobody would take it.  Their ids are unknown here afterwards, their streams have stopped.
         """
-        while self._starts:
-            await asyncio.wait(list(self._starts.values()))
+        await self._started()
         if not wanted():
             return []
         for task in self._tasks:
@@ -259,8 +255,7 @@ class ProcessManager:
 
     async def terminate_all_processes(self, by: By = "shutdown") -> list[str]:
         """End every process and its tree, without end events; return their ids."""
-        while self._starts:
-            await asyncio.wait(list(self._starts.values()))
+        await self._started()
         ids = self.process_ids
         ends = [self._end(process_id, by) for process_id in ids]
         if ends:
@@ -306,18 +301,21 @@ class ProcessManager:
 
     # Starting.
 
-    async def _start_once(self, call: ExecCommand, warnings: list[str]) -> str:
-        process_id = self._new_id()
-        start: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async def _started(self) -> None:
+        """Wait until no start is under way."""
+        while self._starts:
+            await asyncio.wait([start.managed for start in self._starts.values()])
+
+    async def _start_once(self, call: ExecCommand, process_id: str, warnings: list[str]) -> Managed:
+        start: asyncio.Future[Managed] = asyncio.get_running_loop().create_future()
         start.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._starts[call.call_id] = start
-        self._starting.add(process_id)
+        self._starts[call.call_id] = _Start(process_id, start)
         try:
             order = self._order(call, process_id)
             self._make_room(warnings)
             handles = await self._nursery.start(order)
             try:
-                self._adopt(self._hold(handles), 0, 0 if self._deltas else None)
+                managed = self._adopt(self._hold(handles), 0, 0 if self._deltas else None)
             except BaseException:
                 handles.close()
                 raise
@@ -325,12 +323,11 @@ class ProcessManager:
             start.set_exception(error if isinstance(error, Exception) else SpawnError("the worker is ending"))
             raise
         else:
-            start.set_result(process_id)
+            start.set_result(managed)
         finally:
             del self._starts[call.call_id]
-            self._starting.discard(process_id)
         self._warn(warnings)
-        return process_id
+        return managed
 
     def _order(self, call: ExecCommand, process_id: str) -> Order:
         mark = secrets.token_hex(16)
@@ -418,7 +415,7 @@ class ProcessManager:
             on_found=lambda held: self._send(Matched(process_id=held.process_id)),
         )
 
-    def _adopt(self, held: Held, seq: int, offset: int | None, added: Sequence[AddedRule] = ()) -> None:
+    def _adopt(self, held: Held, seq: int, offset: int | None, added: Sequence[AddedRule] = ()) -> Managed:
         facts = held.transcript.facts
         if self._deltas and offset is None:
             offset = held.pump.written
@@ -435,6 +432,7 @@ class ProcessManager:
             del self._processes[held.process_id]
             self._calls.pop(facts.call_id, None)
             raise
+        return managed
 
     def _output(self, held: Held) -> None:
         if self._deltas and (managed := self._processes.get(held.process_id)):
@@ -451,10 +449,16 @@ class ProcessManager:
         self._answered.add(process_id)
         self.settle()
 
-    def _talked(self, process_id: str) -> None:
-        self._talking[process_id] -= 1
-        if not self._talking[process_id]:
-            del self._talking[process_id]
+    @contextmanager
+    def _talk(self, process_id: str) -> Iterator[None]:
+        """Let nothing of a process go meanwhile."""
+        self._talking[process_id] += 1
+        try:
+            yield
+        finally:
+            self._talking[process_id] -= 1
+            if not self._talking[process_id]:
+                del self._talking[process_id]
 
     def _drop(self, managed: Managed) -> None:
         process_id = managed.held.process_id

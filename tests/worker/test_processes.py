@@ -17,6 +17,7 @@ from outlive.common.errors import BadRequest, LimitReached, SpawnError, StdinClo
 from outlive.common.held import exec_yield, write_yield
 from outlive.common.messages import Collected, Delta, ExecCommand, ReadOutput
 from outlive.common.outcome import Outcome
+from outlive.common.response import Response
 from outlive.common.transcript import Gap, Transcript
 from outlive.worker.commands import PLAIN_ENVIRONMENT, command_line
 from outlive.worker.processes import RANDOM_IDS
@@ -194,6 +195,21 @@ async def test_the_same_call_at_once_starts_one_process(house: Any, tmp_path: Pa
     assert len({response.process_id for response in responses}) == 1
     assert {response.output for response in responses} == {"hello\n"}
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_a_process_that_is_over_at_once_is_not_let_go_before_all_who_waited_for_its_start_have_it(
+    house: Any,
+) -> None:
+    desk = house.desk()
+
+    async def served() -> Response:
+        response = await desk.run("exit 6", call_id="c")
+        desk.manager.settle()  # as the session does, once the answer has been sent
+        return response
+
+    responses = await asyncio.gather(*(served() for _ in range(8)))
+    assert {response.exit_code for response in responses} == {6}
+    assert desk.manager.process_ids == []
 
 
 async def test_what_was_ordered_is_being_started_until_it_is_held(house: Any) -> None:
