@@ -6,10 +6,13 @@ OUTLIVE_MCP_TOKEN says, or a random one in a file that only you can read.
 Always true
     It keeps no sessions of the protocol's: a bridge that was started again serves on, for clients of any revision.
     A request of a web page is refused, unless the page is of this very machine.
+    Who has not shown the token holds a connection for `SILENT_MAX` seconds at most, and all together hold no more
+    than `CONNECTIONS_MAX`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import os
 import secrets
@@ -22,6 +25,7 @@ import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...common.client import Thread
 from ...common.errors import BadRequest
@@ -33,6 +37,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN_VARIABLE = "OUTLIVE_MCP_TOKEN"
 # Characters: what is shorter can be guessed.
 _TOKEN_MIN = 16
+# Connections at once: a fraction of the descriptors that a process may usually have open.
+CONNECTIONS_MAX = 256
+# Seconds that a connection has for its first request.
+SILENT_MAX = 10.0
 
 
 def token_of(paths: Paths, environment: MutableMapping[str, str]) -> tuple[str, str]:
@@ -72,17 +80,36 @@ class Guard:
             headers = Headers(scope=scope)
             origin = headers.get("origin")
             if origin is not None and _host_of(origin) not in LOOPBACK:
-                answer = PlainTextResponse(f"Origin: {origin[:200]}: web pages from elsewhere are refused\n", 403)
+                refusal = f"Origin: {origin[:200]}: web pages from elsewhere are refused\n"
+                answer = PlainTextResponse(refusal, 403, {"Connection": "close"})
                 return await answer(scope, receive, send)
             if not hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted):
                 answer = PlainTextResponse(
                     "Authorization: use `Bearer TOKEN`, with the token that `outlive mcp --http` named\n",
                     401,
-                    {"WWW-Authenticate": "Bearer"},
+                    {"WWW-Authenticate": "Bearer", "Connection": "close"},
                 )
                 return await answer(scope, receive, send)
         await self._app(scope, receive, send)
         return None
+
+
+class Connection(H11Protocol):
+    """A connection that is hung up on when it asks nothing, and when it is one too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._silence = self.loop.call_later(SILENT_MAX, self._hang_up)
+        if len(self.connections) > CONNECTIONS_MAX:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def _hang_up(self) -> None:
+        if not self.headers:  # those of the last request
+            self.transport.abort()
 
 
 def _host_of(origin: str) -> str | None:
@@ -105,16 +132,24 @@ def listener_of(host: str, port: int) -> socket.socket:
     return listener
 
 
+def server_of(app: ASGIApp, token: str) -> uvicorn.Server:
+    """Return a server of `app` for those who have the token."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            Guard(app, token), http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1
+        )
+    )
+
+
 async def serve_http(thread: Thread, host: str, port: int, token: str, announce: Callable[[str], None]) -> None:
     """Serve until the process is ended; `announce` gets the URL once connections are taken."""
     listener = listener_of(host, port)
     bridge = Bridge(thread, standing=False)
     app = bridge.server.streamable_http_app(streamable_http_path=PATH, stateless_http=True, host=host)
-    config = uvicorn.Config(Guard(app, token), log_config=None, access_log=False, timeout_graceful_shutdown=1)
     shown = f"[{host}]" if ":" in host else host
     announce(f"http://{shown}:{listener.getsockname()[1]}{PATH}")
     try:
-        await uvicorn.Server(config).serve([listener])
+        await server_of(app, token).serve([listener])
     finally:
         await bridge.close()
         listener.close()

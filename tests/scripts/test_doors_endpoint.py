@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx2
@@ -11,7 +14,8 @@ from starlette.responses import PlainTextResponse
 
 from outlive.common.errors import BadRequest
 from outlive.common.paths import Paths
-from outlive.scripts.doors.endpoint import Guard, listener_of, token_of
+from outlive.scripts.doors import endpoint
+from outlive.scripts.doors.endpoint import Guard, listener_of, server_of, token_of
 
 RIGHT = {"Authorization": "Bearer secret"}
 
@@ -68,3 +72,54 @@ def test_a_connection_sends_the_parts_of_an_answer_without_waiting_between_them(
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[int]:
+    """Serve somebody who says "inside" to who has the token; yield the port."""
+    with listener_of("127.0.0.1", 0) as listener:
+        server = server_of(PlainTextResponse("inside"), "secret")
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving
+
+
+HEAD = b"GET /mcp HTTP/1.1\r\nHost: any\r\n"
+
+
+@pytest.mark.parametrize("said", [b"", HEAD])
+async def test_who_asks_nothing_is_hung_up_on(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "SILENT_MAX", 0.01)
+    async with served() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(said)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_who_has_not_shown_the_token_is_answered_and_hung_up_on() -> None:
+    async with served() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD + b"\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 401")
+        writer.close()
+
+
+async def test_one_connection_too_many_is_hung_up_on_and_the_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoint, "CONNECTIONS_MAX", 2)
+    async with served() as port:
+        others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+        writer.close()
+        for reader, writer in others:
+            writer.write(HEAD + b"Authorization: Bearer secret\r\n\r\n")
+            assert await reader.readuntil(b"inside")
+            writer.close()
