@@ -110,6 +110,7 @@ class Link:
         """Send a reply, if the broker that asked, on that `connection`, is still there to hear it."""
         if connection == self.connection:
             self._transmit(reply)
+            self._flush()  # what else is to be done in this turn, nobody waits for
 
     def hears(self, connection: int) -> bool:
         """Tell whether the broker of that connection is there, by the kernel: the loop may learn it later."""
