@@ -44,6 +44,8 @@ DESCRIPTORS_MAX = 253
 # Seconds.  A packet takes microseconds; a peer that is stopped, or a machine that swaps, may need more, and
 # nobody must lose a child for that.
 SEND_DEADLINE = 5.0
+# Plain numbers: the flags are enumerations, whose | is Python.
+_CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
 # Seconds before descriptors are sent again when too many of this user's are in flight.
 _IN_FLIGHT_PAUSE = 0.002
 
@@ -140,7 +142,7 @@ class Channel:
             _close(fds)
             return None
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & _CUT:
                 raise PeerError(f"packet cut short: {len(raw)} bytes and {len(fds)} descriptors arrived")
             message = unpack(raw)
             if message["fds"] != len(fds):

@@ -18,7 +18,8 @@ import time
 from functools import cache
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_prctl = _libc.prctl  # looked up before any fork
+# Without errno: a forked child pays for each page that it touches first, and keeping errno takes eighteen.
+_prctl = ctypes.CDLL(None).prctl  # looked up before any fork
 
 _TFD_TIMER_ABSTIME = 1
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -53,6 +54,11 @@ def _check(result: int, call: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def _control(option: int, value: int) -> None:
+    if _prctl(option, value, 0, 0, 0) < 0:
+        raise OSError(errno.EINVAL, f"prctl({option}): {os.strerror(errno.EINVAL)}")  # it has no other
 
 
 def boottime() -> float:
@@ -94,18 +100,18 @@ def punch_hole(fd: int, start: int, length: int) -> None:
 
 def become_subreaper() -> None:
     """Make orphaned descendants ours to wait for."""
-    _check(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with(parent: int) -> bool:
     """Be killed by the kernel when our parent dies; false if `parent` is our parent no more."""
-    _check(_prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    _control(_PR_SET_PDEATHSIG, _SIGKILL)
     return os.getppid() == parent
 
 
 def outlive_parent() -> None:
     """Take `die_with` back."""
-    _check(_prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    _control(_PR_SET_PDEATHSIG, 0)
 
 
 def memfd(name: str) -> int:

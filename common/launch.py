@@ -127,6 +127,11 @@ def original_limits() -> dict[int, tuple[int, int]]:
     return {limit: (int(soft), limits[limit][1]) for limit, soft in zip(limits, text, strict=True)}
 
 
+def raised_limits() -> dict[int, tuple[int, int]]:
+    """Return those of `original_limits` that this process does not have any more."""
+    return {limit: pair for limit, pair in original_limits().items() if pair != resource.getrlimit(limit)}
+
+
 def restore_limits(limits: Mapping[int, tuple[int, int]]) -> None:
     """Give the calling process (a child about to run its program) these limits."""
     for limit, pair in limits.items():

@@ -44,6 +44,8 @@ DESCRIPTORS_MAX = 253
 NAME_MAX = 12
 # Descriptors in a store: 10,000 times a name and a colon is what such a variable takes.
 STORE_MAX = 10_000
+# Plain numbers: the flags are enumerations, whose | is Python.
+_CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
 # Seconds that a keeper may take to make room in its queue of ten datagrams; it needs microseconds for one.
 SEND_DEADLINE = 5.0
 
@@ -93,8 +95,7 @@ def receive(at: socket.socket) -> tuple[dict[str, str], list[int], int] | None:
             user = struct.unpack("iii", data)[1]
     if not raw and not fds:
         return None
-    cut = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-    return {} if cut else decode(raw), list(fds), user
+    return {} if flags & _CUT else decode(raw), list(fds), user
 
 
 def listen(path: Path) -> socket.socket:

@@ -100,7 +100,7 @@ class Spawner:
         self.broker: Channel | None = None
         self.keeper = notify.Notifier()
         self.children: dict[int, _Child] = {}
-        self.limits = launch.original_limits()
+        self.limits = launch.raised_limits()
         self.poller = select.epoll()
         self.poller.register(worker.fileno(), select.EPOLLIN)
 

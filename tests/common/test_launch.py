@@ -151,7 +151,7 @@ def test_limits_are_raised_and_given_back_as_they_were() -> None:
         assert launch.descriptor_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         launch.raise_limits()  # as a worker does that a broker has started
         assert {limit: before for limit, (before, _) in launch.original_limits().items()} == soft
-        launch.restore_limits(launch.original_limits())
+        launch.restore_limits(launch.raised_limits())
         assert {limit: resource.getrlimit(limit)[0] for limit in soft} == soft
 
     in_a_child(act)
@@ -162,7 +162,7 @@ def test_unlimited_stays_unlimited() -> None:
         os.environb.pop(launch.LIMITS, None)
         before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         launch.raise_limits()
-        launch.restore_limits(launch.original_limits())
+        launch.restore_limits(launch.raised_limits())
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == before
 
     in_a_child(act)
