@@ -14,6 +14,7 @@ Read in this order; a module imports only from those above it, and from `common`
     findings     what a broker that starts makes of what it finds.  Decides; only looks.
     epochs       which workers and spawners live, also those of a former broker.
     keeping      the keeper, as the broker sees it.
+    events       what subscribers are told, and the recent ones for who comes later.
     detached     the `DetachedStore`: processes that the broker itself pumps.
     watches      what is watched of each process, and which wake rules have come true.  Decides.
     alarm        its clock, and who listens on which port.
@@ -27,7 +28,7 @@ Read in this order; a module imports only from those above it, and from `common`
     succession   one broker takes over from another that lives.
     watching     `watch` and `wait`: rules that are set on processes which have started.
     operations   what each other client request does.
-    loop         the sockets, the signals, the workers' pidfds; events as they go out.
+    loop         the sockets, the signals, the workers' pidfds.
     __main__     limits, signals that are ignored, the lock that keeps a second broker out; serving again when a
                  successor does not come up.
 

@@ -1,18 +1,7 @@
-"""The broker's loop: its sockets, its signals, its workers' pidfds; events as they go out.
+"""The broker's loop: its sockets, its signals, its workers' pidfds.
 
 It accepts peers on the channel (the kernel says who they are), frames on the control socket (the token says who
 sent them), watches its workers' pidfds, and waits for adopted orphans.  What to do is decided elsewhere.
-
-An event is two frames on the events socket: its topic, `delta` for output and `event` for all others, and a msgpack
-map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 3339 UTC), and
-
-    begin                   pid, command
-    delta                   n (counts per call), offset, chunk
-    end                     outcome, output (its head and tail)
-    detached, reattached
-    worker                  what: up, with epoch and pid; died, with epoch and how
-    broker                  what: up, down, replaced; pid
-    wake                    what: pending, delivered, done, failed, dead, read, dropped; number, rule; failure
 
 Always true
     A worker's channel is read before its frame is acted on: what it deposited first is known first.
@@ -25,14 +14,11 @@ import asyncio
 import os
 import signal
 import socket
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-import msgpack
 import zmq
 
 from ..common import channel, ending, kernel, launch, messages, notify, wire
@@ -48,10 +34,10 @@ from ..common.pump import PUMPS, Pumps
 from . import findings
 from .delivery import Delivery
 from .epochs import Epochs
+from .events import Events
 from .keeping import Keeping
 from .operations import Operations
 from .peers import REQUESTS_MAX, Peer
-from .records import rfc3339
 from .succession import Inheritance, Succession, end_of, last_words
 from .threads import ThreadManager
 
@@ -73,8 +59,6 @@ _TASKS_WITHIN = 2.0
 KEEPERS_OWN = 24
 # Peers at once: each takes a descriptor or two.
 PEERS_MAX = 1000
-# Events kept for `outlive events`.
-RECENT_EVENTS = 1000
 
 
 class Broker:
@@ -94,12 +78,9 @@ class Broker:
         self._unknown: dict[Peer, asyncio.TimerHandle] = {}
         self._workers: dict[int, tuple[int, str, int, bool]] = {}
         self._epochs = Epochs(paths.workers)
-        self._sequence = 0
-        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
-        self._topics: set[bytes] = set()
+        self._events = Events(lambda wanted: self.threads.want_deltas(wanted))
         self._stopping = asyncio.Event()
         self._log_fd = paths.open_log()
-        self.deltas_wanted = False
         self._pumps = Pumps(self._loop)
         self.threads = ThreadManager(self, paths, config, self._pumps, PUMPS[mode])
         self.delivery = Delivery(self, self.threads, config)
@@ -118,7 +99,7 @@ class Broker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._asked_to_end)
         self._control = wire.Port(self._bind(zmq.ROUTER, "control"), self._frames)
-        self._events = wire.Port(self._bind(zmq.XPUB, "events"), self._subscription)
+        self._events.serve(self._bind(zmq.XPUB, "events"))
         self._expect_survivors()
         self._take_inheritance()
         await self._keeping.hear()  # now the keeper has what we hold, and we what spawners told it
@@ -281,24 +262,14 @@ class Broker:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         self._control.send([peer.route, frame])
 
+    @property
+    def deltas_wanted(self) -> bool:
+        """Whether somebody wants output as it comes."""
+        return self._events.deltas_wanted
+
     def publish(self, event: str, thread_id: str, process_id: str | None = None, **fields: Any) -> None:
-        """Tell the subscribers, and remember it for `outlive events`."""
-        self._sequence += 1
-        table = {
-            "event": event,
-            "seq": self._sequence,
-            "thread": thread_id or None,
-            "process_id": process_id,
-            "call_id": fields.pop("call_id", None),
-            "at": time.time_ns(),
-            **fields,
-        }
-        topic = b"delta" if event == "delta" else b"event"
-        if event != "delta":
-            self._recent.append({name: value for name, value in table.items() if name != "output"})
-        if self._is_wanted(topic):  # mostly nobody listens, and every process has two events
-            with suppress(zmq.ZMQError):
-                self._events.send([topic, msgpack.packb(_told(table), unicode_errors="surrogateescape")])
+        """Tell the subscribers."""
+        self._events.publish(event, thread_id, process_id, **fields)
 
     def descriptors_left(self) -> int:
         """Return how many descriptors may still be opened before the reserve.
@@ -591,7 +562,7 @@ class Broker:
     async def _serve(self, peer: Peer, number: int, body: Body, deadline: float | None) -> None:
         try:
             if isinstance(body, messages.RecentEvents):
-                result: Any = [_told(event) for event in self._recent]
+                result: Any = self._events.recent()
             else:
                 result = await self._operations.carry_out(body, deadline)
             reply = wire.success(number, result)
@@ -624,31 +595,3 @@ class Broker:
             self._loop.call_soon(self.threads.noticed, peer, body)
         else:
             self.threads.noticed(peer, body)
-
-    # Events.
-
-    def _is_wanted(self, topic: bytes) -> bool:
-        return any(topic.startswith(wanted) for wanted in self._topics)
-
-    def _subscription(self, frames: list[bytes]) -> None:
-        """XPUB tells who wants what: the first who wants a topic, and when nobody does any more.
-
-        Whatever else a subscriber says comes this way, too: what begins with neither 1 nor 0 is of no topic.
-        """
-        for frame in frames:
-            subscribed, topic = frame[:1] == b"\1", frame[1:]
-            if frame[:1] not in (b"\0", b"\1"):
-                continue
-            if b"event".startswith(topic) or b"delta".startswith(topic):
-                (self._topics.add if subscribed else self._topics.discard)(topic)
-                if self.deltas_wanted != self._is_wanted(b"delta"):
-                    self.deltas_wanted = not self.deltas_wanted
-                    self.threads.want_deltas(self.deltas_wanted)
-            elif frame.startswith(b"\1" + messages.READY_TOPIC):
-                with suppress(zmq.ZMQError):
-                    self._events.send([topic, b""])
-
-
-def _told(event: dict[str, Any]) -> dict[str, Any]:
-    """Return an event as it is shown: its time is written out only for who looks."""
-    return {**event, "at": rfc3339(event["at"])}

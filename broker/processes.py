@@ -62,9 +62,12 @@ _EXECUTES_WITHIN = 50
 class World(Protocol):
     """What the loop does for us."""
 
-    deltas_wanted: bool
     # Why the last upgrade did not come up; empty for one that did.
     upgrade_failed: str
+
+    @property
+    def deltas_wanted(self) -> bool:
+        """Whether somebody wants output as it comes."""
 
     @property
     def keeper_pid(self) -> int | None:
