@@ -586,10 +586,15 @@ class ThreadJournal:
             raise Unavailable(f"process {process_id} was alive, and has not been found yet; try again")
         raise ExpiredProcess(f"process {process_id} ended, and its outcome and output have expired")
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the line of `ps` of every ended process, oldest first."""
+    def rows(self, after: str = "") -> Iterator[dict[str, Any]]:
+        """Yield the line of `ps` of every ended process, oldest first; `after`: of those that ended after that one.
+
+        When that has expired, so have all before it.
+        """
         self._journal.expire()
         ids = list(self._journal.kept(self.thread_id))
+        if after in ids:
+            ids = ids[ids.index(after) + 1 :]
         for at in range(0, len(ids), ROWS_AT_ONCE):
             rows = self._journal.rows(self.thread_id, ids[at : at + ROWS_AT_ONCE])
             yield from (rows[process_id] for process_id in ids[at : at + ROWS_AT_ONCE] if process_id in rows)

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -54,7 +55,7 @@ from .entries import Entry, Thread
 from .lifecycle import Phase
 from .peers import WorkerGone
 from .processes import World
-from .records import Record, rfc3339
+from .records import Key, Record, rfc3339
 from .threads import ThreadManager
 from .watching import Watching
 
@@ -286,20 +287,29 @@ class Operations:
         return held
 
     async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[dict[str, Any]]:
-        threads = list(self._threads.threads.values()) if call.thread is None else [self._threads.get(call.thread)]
-        rows: list[Any] = []
+        names = sorted(self._threads.threads) if call.thread is None else [call.thread]
+        threads = [self._threads.get(name) for name in names]
+        rows = {
+            entry.key: msgspec.structs.asdict(entry.row(thread.worker_pid))
+            for thread in threads
+            for entry in thread.entries.values()
+            if call.after is None and entry.transcript and (call.ended or entry.state is not State.ENDED)
+        }
+        ended = self._ended(threads, call.after) if call.ended else iter(())
+        for number, (key, row) in enumerate(islice(ended, call.at_most)):
+            rows[key] = row
+            if number % 50 == 49:
+                await asyncio.sleep(0)  # let others have their turn
+        return _fitting([*rows.values()])
+
+    def _ended(self, threads: list[Thread], after: Key | None) -> Iterator[tuple[Key, dict[str, Any]]]:
+        """Yield the lines of what has ended, by thread, oldest first; `after`: of what follows it."""
+        last_thread, last_process = after or ("", "")
         for thread in threads:
-            if call.ended:
-                for number, row in enumerate(thread.journal.rows()):
-                    rows.append(row)
-                    if number % 50 == 49:
-                        await asyncio.sleep(0)  # let others have their turn
-            rows += [
-                entry.row(thread.worker_pid)
-                for entry in list(thread.entries.values())
-                if entry.transcript and (call.ended or entry.state is not State.ENDED)
-            ]
-        return _fitting([row if isinstance(row, dict) else msgspec.structs.asdict(row) for row in rows])
+            if thread.thread_id >= last_thread:
+                last = last_process if thread.thread_id == last_thread else ""
+                for row in thread.journal.rows(last):
+                    yield (thread.thread_id, row["process_id"]), row
 
     async def list_threads(self, call: messages.ListThreads, deadline: float | None) -> list[ThreadRow]:
         return [self._delivery.row(thread) for _, thread in sorted(self._threads.threads.items())]

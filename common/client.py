@@ -82,6 +82,8 @@ from .rules import rules_of
 MARGIN = 60.0
 # Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
 FOLLOW_MS = 3_600_000
+# Ended processes in one answer: a line of `ps` takes some 500 bytes, and rarely a few thousand.
+ROWS_AT_ONCE = 1000
 
 # Signals that do the same whether they come once or twice: KILL, CONT, STOP.  A second INT or TERM makes many
 # programs give up their cleaning up, and others count USR1.
@@ -134,7 +136,21 @@ class Host:
 
     async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
         """Return the live processes of all threads; `ended`: the ended ones too, until they expire."""
-        return await self.call(ListProcesses(ended=ended), list[ProcessRow])
+        return await self.list_processes(None, ended=ended)
+
+    async def list_processes(self, thread_id: str | None, *, ended: bool) -> list[ProcessRow]:
+        """Do that, for one thread if one is given; ask for no more at once than an answer can hold."""
+        rows: dict[tuple[str, str], ProcessRow] = {}
+        after = None
+        while True:
+            question = ListProcesses(thread=thread_id, ended=ended, at_most=ROWS_AT_ONCE, after=after)
+            answer = await self.call(question, list[ProcessRow])
+            page = {(row.thread, row.process_id): row for row in answer}
+            rows |= page  # one that ended meanwhile comes twice
+            # An older broker gives all of them, whatever is asked.
+            if sum(row.state == "ended" for row in answer) < ROWS_AT_ONCE or after in page:
+                return sorted(rows.values(), key=lambda row: (row.thread, row.state != "ended"))
+            after = [*page][-1]
 
     async def wakes(self, *, all: bool = False) -> list[WakeRow]:
         """Return what threads are to be woken for, and dead letters, oldest first; `all`: what is over too."""
@@ -467,7 +483,7 @@ class Thread:
 
     async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
         """Return the thread's live processes; `ended`: the ended ones too, until they expire."""
-        return await self.host.call(ListProcesses(thread=self.thread_id, ended=ended), list[ProcessRow])
+        return await self.host.list_processes(self.thread_id, ended=ended)
 
     async def wait(self, process_id: str, timeout: float | None = None) -> Outcome:
         """Wait for a process's end and return its outcome; raises `TimeoutError` after `timeout` seconds.

@@ -140,10 +140,16 @@ class ReadOutput(Body, frozen=True, kw_only=True):
 
 
 class ListProcesses(Body, frozen=True, kw_only=True):
-    """Processes of one thread or of all; `ended`: those of the journal too."""
+    """Processes of one thread or of all; `ended`: those of the journal too, at the end of the list.
+
+    They may be more than an answer can hold: `at_most` so many of them are listed, and with `after`, a thread and a
+    process id, only those that follow it in an earlier answer.
+    """
 
     thread: Name | None = None
     ended: bool = False
+    at_most: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    after: tuple[Name, Name] | None = None
 
 
 class ListThreads(Body, frozen=True, kw_only=True):

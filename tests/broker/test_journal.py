@@ -248,7 +248,10 @@ async def test_ps_lists_the_oldest_first_whatever_is_in_memory_or_in_the_file(br
         if number % 60 == 59:
             journal.flush()
     assert [row["process_id"] for row in journal.thread("t").rows()] == ids
-    assert [row["process_id"] for row in brokers.start().thread("t").rows()] == ids
+    again = brokers.start().thread("t")
+    assert [row["process_id"] for row in again.rows()] == ids
+    assert [row["process_id"] for row in again.rows(ids[9])] == ids[10:]
+    assert [row["process_id"] for row in again.rows("1234567")] == ids  # as one that has expired
 
 
 # Ids and calls.

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import outlive
+from outlive.common import client
+from outlive.common.messages import ListProcesses, ProcessRow
 
 from .conftest import HELD, Home, Numbered, descriptors_of, eventually, lives
 
@@ -209,6 +212,42 @@ async def test_command_lines_that_are_too_much_for_one_answer_are_cut_and_all_pr
         assert row.command[-1].endswith("é…")
     await thread.exec_command(["true", "short"])  # long ones make room for it, and it stays whole
     assert ["true", "short"] in [row.command for row in await thread.processes(ended=True)]
+
+
+async def test_more_processes_than_one_answer_can_hold_are_all_listed(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await host.thread("a"), await host.thread("b")
+    ended = [(await first.exec_command(["true"])).process_id for _ in range(5)]
+    alive = (await first.exec_command(["sleep", "1000"], yield_time_ms=250)).process_id
+    others = [(await second.exec_command(["true"])).process_id for _ in range(3)]
+    everything = [("a", name) for name in (*ended, alive)] + [("b", name) for name in others]
+    in_the_journal = ListProcesses(ended=True, at_most=100, after=("", ""))
+    while len(await host.call(in_the_journal, list[ProcessRow])) < 8:
+        pass
+    for at_once in (1, 2, 4, 8, 9):
+        monkeypatch.setattr(client, "ROWS_AT_ONCE", at_once)
+        assert [(row.thread, row.process_id) for row in await host.processes(ended=True)] == everything
+        assert [row.process_id for row in await first.processes(ended=True)] == [*ended, alive]
+    # What a broker says that knows of no limit.
+    rows = await host.call(ListProcesses(ended=True), list[ProcessRow])
+    assert {(row.thread, row.process_id) for row in rows} == set(everything)
+
+
+async def test_a_broker_that_lists_all_at_once_is_not_asked_for_ever(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = await host.thread("a")
+    for _ in range(3):
+        await thread.exec_command(["true"])
+    monkeypatch.setattr(client, "ROWS_AT_ONCE", 2)
+    call = host.call
+
+    async def older(body: Any, *arguments: Any) -> Any:
+        return await call(ListProcesses(thread=body.thread, ended=body.ended), *arguments)
+
+    monkeypatch.setattr(host, "call", older)
+    assert len(await thread.processes(ended=True)) == 3
 
 
 async def test_what_has_expired_is_called_expired_and_what_never_was_unknown(home: Home) -> None:
