@@ -264,9 +264,11 @@ class Delivery:
             self._happen(self._box(letter.thread_id), happening)
         return letter
 
-    def rows(self, thread_id: str | None, *, everything: bool) -> list[WakeRow]:
-        """Return lines of `outlive wakes`."""
-        return [letter.row() for letter in self._outbox.rows(thread_id, everything=everything)]
+    def rows(
+        self, thread_id: str | None, *, everything: bool, after: int = 0, at_most: int | None = None
+    ) -> list[WakeRow]:
+        """Return lines of `outlive wakes`, see `Outbox.rows`."""
+        return [letter.row() for letter in self._outbox.rows(thread_id, everything, after, at_most)]
 
     def row(self, thread: Thread) -> ThreadRow:
         """Return a thread's line of `threads`."""

@@ -23,6 +23,20 @@ from .lifecycle import Life, Phase
 from .peers import Peer
 from .records import CALLS_KEPT, rfc3339
 
+# Characters of a command line where many are shown, or it is not what is asked for.
+COMMAND_MAX = 1000
+
+
+def brief(command: list[str], most: int = COMMAND_MAX) -> list[str]:
+    """Return an argv with at most `most` characters, and with `…` where it was cut."""
+    kept: list[str] = []
+    for word in command:
+        if len(word) > most:
+            return [*kept, word[: max(0, most)] + "…"]
+        kept.append(word)
+        most -= len(word) + 1
+    return kept
+
 
 class Changing:
     """A record that others wait for."""

@@ -3,7 +3,7 @@
 An event is two frames on the events socket: its topic, `delta` for output and `event` for all others, and a msgpack
 map.  Each has event, seq (counts all), thread, process_id, call_id, at (RFC 3339 UTC), and
 
-    begin                   pid, command
+    begin                   pid, command (cut if it is long)
     delta                   n (counts per call), offset, chunk
     end                     outcome, output (its head and tail)
     detached, reattached
@@ -30,8 +30,9 @@ import zmq
 from ..common import messages, wire
 from .records import rfc3339
 
-# Events kept for `outlive events`.
+# Events kept for `outlive events`, and bytes of those that it is given: half of what an answer can hold.
 RECENT = 1000
+RECENT_SIZE = 2 << 20
 
 
 class Events:
@@ -66,11 +67,18 @@ class Events:
         if event != "delta":
             self._recent.append({name: value for name, value in table.items() if name != "output"})
         if self._is_wanted(topic):
-            self._send(topic, msgpack.packb(_shown(table), unicode_errors="surrogateescape"))
+            self._send(topic, _packed(_shown(table)))
 
     def recent(self) -> list[dict[str, Any]]:
-        """Return the last events, oldest first, without any output."""
-        return [_shown(event) for event in self._recent]
+        """Return the last events, oldest first, without any output: as many as an answer has room for."""
+        latest: deque[dict[str, Any]] = deque()
+        room = RECENT_SIZE
+        for event in reversed(self._recent):
+            room -= len(_packed(event))
+            if room < 0:
+                break
+            latest.appendleft(_shown(event))
+        return [*latest]
 
     def close(self) -> None:
         """Tell nobody any more."""
@@ -106,3 +114,8 @@ class Events:
 def _shown(event: dict[str, Any]) -> dict[str, Any]:
     """Return an event as it is shown: its time is written out only for who looks."""
     return {**event, "at": rfc3339(event["at"])}
+
+
+def _packed(event: dict[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb(event, unicode_errors="surrogateescape")
+    return packed

@@ -11,14 +11,13 @@ from ..common.errors import PeerError
 from ..common.program import ProcessSummary
 from ..common.response import clip
 from .custody import State
-from .entries import Entry, Thread
+from .entries import Entry, Thread, brief
 
 # What one message has room for: processes, the newest, after those that are named; tokens of unread output of each,
-# and of all of them; characters of a command line.  An agent asks for more.
+# and of all of them.  An agent asks for more.
 PROCESSES_MAX = 500
 TOKENS = 2_500
 TOKENS_OF_ALL = 100_000
-COMMAND_MAX = 1_000
 
 
 def of(thread: Thread, named: Iterable[str] = ()) -> list[ProcessSummary]:
@@ -49,7 +48,7 @@ def _held(entry: Entry, tokens: int) -> ProcessSummary:
     return ProcessSummary(
         process_id=facts.process_id,
         call_id=facts.call_id,
-        command=_brief([os.fsdecode(word) for word in facts.argv]),
+        command=brief([os.fsdecode(word) for word in facts.argv]),
         state=_state(outcome),
         outcome=outcome,
         unread=unread,
@@ -61,22 +60,12 @@ def _recorded(row: dict[str, Any]) -> ProcessSummary:
     return ProcessSummary(
         process_id=row["process_id"],
         call_id=row["call_id"],
-        command=_brief(row["command"]),
+        command=brief(row["command"]),
         state=_state(row["outcome"]),
         outcome=row["outcome"],
         unread=max(0, row["bytes_written"] - row["bytes_delivered"]),
         output="",
     )
-
-
-def _brief(command: list[str]) -> list[str]:
-    left, words = COMMAND_MAX, []
-    for word in command:
-        words.append(word if len(word) <= left else word[:left] + "…")
-        left -= len(word)
-        if left <= 0:
-            break
-    return words
 
 
 def _state(outcome: dict[str, Any] | None) -> Any:

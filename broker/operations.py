@@ -51,7 +51,7 @@ from ..common.program import ProcessSummary, WakeRow
 from . import inventory
 from .custody import Holder, State
 from .delivery import Delivery
-from .entries import Entry, Thread
+from .entries import Entry, Thread, brief
 from .lifecycle import Phase
 from .peers import WorkerGone
 from .processes import World
@@ -471,7 +471,7 @@ class Operations:
     async def list_wakes(self, call: messages.ListWakes, deadline: float | None) -> list[WakeRow]:
         if call.thread is not None:
             self._threads.get(call.thread)
-        return self._delivery.rows(call.thread, everything=call.all)
+        return self._delivery.rows(call.thread, everything=call.all, after=call.after, at_most=call.at_most)
 
     async def inventory(self, call: messages.Inventory, deadline: float | None) -> list[ProcessSummary]:
         return inventory.of(self._threads.get(call.thread))
@@ -502,14 +502,4 @@ def _fitting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if sum(len(word) + 1 for row in rows for word in row["command"]) <= _COMMANDS_MAX:
         return rows
     most = _COMMANDS_MAX // len(rows)
-    return [{**row, "command": _cut(row["command"], most)} for row in rows]
-
-
-def _cut(words: list[str], most: int) -> list[str]:
-    kept: list[str] = []
-    for word in words:
-        if len(word) >= most:
-            return [*kept, word[:most] + "…"]
-        kept.append(word)
-        most -= len(word) + 1
-    return kept
+    return [{**row, "command": brief(row["command"], most)} for row in rows]

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import msgpack
@@ -55,7 +55,9 @@ _COLUMNS = "number, thread, process, generation, rule, state, run, failures, at,
 PROGRAMS = "SELECT thread, program FROM programs"
 DUE = f"SELECT {_COLUMNS} FROM wakes WHERE state IN ('pending', 'delivered', 'dead') ORDER BY number"
 LAST = "SELECT max(number), max(run) FROM wakes"
-_LATEST = f"SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) ORDER BY number DESC LIMIT ?"
+_FOLLOWING = f"""
+SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) AND number > ? ORDER BY number LIMIT ?
+"""
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
 _BY_RULE = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND rule = ?"
@@ -77,8 +79,6 @@ DELETE FROM wakes WHERE state IN ('done', 'read', 'dropped') AND at < ?
 """
 # Wakes between two looks at what has expired.
 _EXPIRE_EVERY = 1000
-# Wakes that `outlive wakes --all` shows at most.
-SHOWN_MAX = 10_000
 
 Read = Callable[[str, tuple[Any, ...]], list[Any]]
 
@@ -225,18 +225,27 @@ class Outbox(Ledger[str | int]):
                 return wake
         return None
 
-    def rows(self, thread_id: str | None, *, everything: bool) -> Iterator[Letter]:
-        """Yield wakes in their order: those that are not over, or all."""
+    def rows(
+        self, thread_id: str | None, everything: bool = False, after: int = 0, at_most: int | None = None
+    ) -> Iterator[Letter]:
+        """Return an iterator over wakes in their order, `at_most` so many: those that are not over, or all.
+
+        `after`: only those with higher numbers.
+        """
         found = {}
         if everything:
-            for columns in reversed(self._read(_LATEST, (thread_id, SHOWN_MAX))):
+            for columns in self._read(_FOLLOWING, (thread_id, after, -1 if at_most is None else at_most)):
                 with suppress(ValueError, TypeError):
                     found[int(columns[0])] = letter_of(columns)
         found.update(self.wakes)
-        for _, wake in sorted(found.items()):
-            shown = everything or wake.fate.is_due or wake.fate.state in (State.NEW, State.DEAD)
-            if shown and thread_id in (None, wake.thread_id):
-                yield wake
+        shown = (
+            wake
+            for number, wake in sorted(found.items())
+            if number > after
+            and thread_id in (None, wake.thread_id)
+            and (everything or wake.fate.is_due or wake.fate.state in (State.NEW, State.DEAD))
+        )
+        return islice(shown, at_most)
 
     def _remember(self, wake: Letter) -> None:
         self.wakes[wake.number] = wake

@@ -41,7 +41,7 @@ from . import custody, findings
 from .alarm import Alarm, listening
 from .custody import Effect, Event, Holder, State
 from .detached import DetachedStore
-from .entries import Entry, Thread
+from .entries import Entry, Thread, brief
 from .findings import EVENTS, VERDICTS, Leaseholder, Verdict
 from .journal import Journal
 from .lifecycle import Phase
@@ -236,7 +236,7 @@ class Processes(ABC):
     def _publish_begin(self, entry: Entry) -> None:
         assert entry.transcript is not None
         facts = entry.transcript.facts
-        argv = [os.fsdecode(word) for word in facts.argv]
+        argv = brief([os.fsdecode(word) for word in facts.argv])
         self._world.publish("begin", *entry.key, call_id=facts.call_id, pid=entry.pid, command=argv)
 
     def _announce(self, entry: Entry, notice: Ended) -> None:

@@ -82,8 +82,8 @@ from .rules import rules_of
 MARGIN = 60.0
 # Milliseconds that one request of `follow` waits; asking again is cheap, but a wake-up.
 FOLLOW_MS = 3_600_000
-# Ended processes in one answer: a line of `ps` takes some 500 bytes, and rarely a few thousand.
-ROWS_AT_ONCE = 1000
+# Ended processes, or wakes, in one answer: most lines take some 500 bytes, few some thousand.
+ROWS_AT_ONCE = 500
 
 # Signals that do the same whether they come once or twice: KILL, CONT, STOP.  A second INT or TERM makes many
 # programs give up their cleaning up, and others count USR1.
@@ -154,7 +154,20 @@ class Host:
 
     async def wakes(self, *, all: bool = False) -> list[WakeRow]:
         """Return what threads are to be woken for, and dead letters, oldest first; `all`: what is over too."""
-        return await self.call(ListWakes(all=all), list[WakeRow])
+        return await self.list_wakes(None, all=all)
+
+    async def list_wakes(self, thread_id: str | None, *, all: bool) -> list[WakeRow]:
+        """Do that, for one thread if one is given; ask for no more at once than an answer can hold."""
+        rows: list[WakeRow] = []
+        last = 0
+        while True:
+            question = ListWakes(thread=thread_id, all=all, at_most=ROWS_AT_ONCE, after=last)
+            answer = await self.call(question, list[WakeRow])
+            page = [row for row in answer if row.number > last]  # an older broker gives all of them again
+            if not page:
+                return rows
+            rows += page
+            last = rows[-1].number
 
     async def retry_wake(self, number: int) -> WakeRow:
         """Have a dead letter delivered once more, or what was not since the agent had read it; return it.
@@ -226,7 +239,7 @@ class Host:
         return await self.call(RecentEvents(), list[dict[str, Any]])
 
     async def events(self, *, deltas: bool = False, recent: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """Yield events as they happen, see `broker.loop`; `deltas`: output too; `recent`: the last ones first.
+        """Yield events as they happen, see `broker.events`; `deltas`: output too; `recent`: the last ones first.
 
         `seq` counts all events of one broker: a jump means that this subscriber was too slow, or leaves deltas out.
         When a broker was killed and comes back by itself, it goes on with that one's events, from the first on
@@ -610,7 +623,7 @@ class Thread:
 
     async def wakes(self, *, all: bool = False) -> list[WakeRow]:
         """Return what the thread is to be woken for, and its dead letters; `all`: what is over too."""
-        return await self.host.call(ListWakes(thread=self.thread_id, all=all), list[WakeRow])
+        return await self.host.list_wakes(self.thread_id, all=all)
 
     async def detach(self, *, keep_worker: bool = False) -> DetachedProcessSummary:
         """Hand the thread's processes to the broker; answers when its worker has gone to bed, unless `keep_worker`.

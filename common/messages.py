@@ -148,7 +148,7 @@ class ListProcesses(Body, frozen=True, kw_only=True):
 
     thread: Name | None = None
     ended: bool = False
-    at_most: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    at_most: Annotated[int, msgspec.Meta(ge=1, le=OFFSET_MAX)] | None = None
     after: tuple[Name, Name] | None = None
 
 
@@ -261,10 +261,15 @@ class Stop(Body, frozen=True, kw_only=True):
 
 
 class ListWakes(Body, frozen=True, kw_only=True):
-    """What threads are to be woken for, and dead letters; `all`: what is over too."""
+    """What threads are to be woken for, and dead letters; `all`: what is over too.
+
+    They may be more than an answer can hold: `at_most` so many are listed, of those with numbers above `after`.
+    """
 
     thread: Name | None = None
     all: bool = False
+    at_most: Annotated[int, msgspec.Meta(ge=1, le=OFFSET_MAX)] | None = None
+    after: Offset = 0
 
 
 class Inventory(Body, frozen=True, kw_only=True):

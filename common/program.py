@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+# Characters of a program in one line.
+LABEL_MAX = 200
+
 
 class Program(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a thread runs when it is woken: a `function`, or a command with this `argv`.
@@ -27,8 +30,9 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def label(self) -> str:
-        """The program in one line, for people."""
-        return self.function or shlex.join(os.fsdecode(word) for word in self.argv)
+        """The program in one line, for people: at most `LABEL_MAX` characters, and `…` where it was cut."""
+        label = self.function or shlex.join(os.fsdecode(word) for word in self.argv)
+        return label if len(label) <= LABEL_MAX else f"{label[:LABEL_MAX]}…"
 
 
 class WakeMatch(msgspec.Struct, frozen=True, kw_only=True):

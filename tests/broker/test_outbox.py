@@ -168,6 +168,21 @@ async def test_a_dead_letter_and_what_was_read_can_be_found_by_their_numbers(bro
     assert [one.number for one in journal.outbox.rows("u", everything=True)] == []
 
 
+async def test_wakes_are_listed_piece_by_piece_whatever_is_in_memory_or_in_the_file(brokers: Brokers) -> None:
+    journal = brokers.start()
+    wakes = await written(journal, *(key(str(process_id)) for process_id in range(1000, 1010)))
+    for wake in wakes[::2]:
+        become(journal, wake, *DONE)  # and so out of memory
+    journal.flush()
+    for at_once in (1, 3, 10, 11):
+        for everything, wanted in ((True, wakes), (False, wakes[1::2])):
+            listed: list[int] = []
+            while page := [*journal.outbox.rows("t", everything, listed[-1] if listed else 0, at_once)]:
+                assert len(page) <= at_once
+                listed += [one.number for one in page]
+            assert listed == [wake.number for wake in wanted]
+
+
 async def test_a_file_of_version_1_gets_the_tables_it_lacks(brokers: Brokers) -> None:
     journal = brokers.start()
     journal.thread("t").reached(5)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from outlive.common.messages import DetachedProcessSummary, ReattachSummary, Welcome, outcome_from_wire
 from outlive.common.outcome import Outcome
+from outlive.common.program import Program
 
 
 @given(st.sets(st.integers(1, 9_999_999_999).map(str), max_size=50))
@@ -25,3 +26,10 @@ def test_an_outcome_comes_back_from_a_reply() -> None:
     outcome = Outcome("signaled", signal=9, by="pruned")
     assert outcome_from_wire(outcome.to_wire()) == outcome
     assert outcome_from_wire(None) is None
+
+
+def test_a_program_is_shown_in_one_line_of_a_reasonable_length() -> None:
+    assert Program(function="agent:main").label == "agent:main"
+    assert Program(argv=[b"sh", b"-c", b"exit 1"]).label == "sh -c 'exit 1'"
+    label = Program(argv=[b"x" * 1000] * 100).label
+    assert label == "x" * 200 + "…"

@@ -20,6 +20,15 @@ from outlive.common.messages import Reply
 from .conftest import HELD, PYTHON, Home
 
 
+async def test_long_command_lines_are_cut_in_events_and_all_of_them_are_told(host: outlive.Host) -> None:
+    thread = await host.thread("long")
+    for _ in range(4):
+        await thread.exec_command(["true", "x", *["é" * 60_000] * 14])  # together more than an answer can hold
+    begins = [event for event in await host.recent_events() if event["event"] == "begin"]
+    assert [event["command"][:2] for event in begins] == [["true", "x"]] * 4
+    assert all(event["command"][-1].endswith("é…") for event in begins)
+
+
 class Listener:
     """Everything that one subscriber has heard."""
 

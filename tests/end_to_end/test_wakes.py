@@ -19,6 +19,7 @@ import pytest
 
 import outlive
 from outlive.broker.wakes import FAILURES_MAX
+from outlive.common import client
 
 from .conftest import HELD, Home, eventually, lives
 
@@ -136,6 +137,21 @@ async def test_what_comes_true_while_the_program_runs_is_the_next_run(
     assert agent.lines()[1:] == [f"wake: {first} exit 4", f"wake: {second} exit 4"]
     ups = [e for e in await agent.host.recent_events() if e["event"] == "worker" and e["what"] == "up"]
     assert len(ups) == 2  # it did not go to bed in between
+
+
+async def test_more_wakes_than_one_answer_can_hold_are_all_listed(
+    agent: Agent, fifo: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = [fifo("one"), fifo("two")]
+    ids = await agent.start(*(held(gate, "exit 4") for gate in gates))
+    for gate, process_id in zip(gates, ids, strict=True):
+        let_go(gate)
+        await agent.home.until(agent.host, event="wake", what="pending", process_id=process_id)
+    await agent.asleep()
+    for at_once in (1, 2, 3, 4):
+        monkeypatch.setattr(client, "ROWS_AT_ONCE", at_once)
+        assert [row.number for row in await agent.thread.wakes(all=True)] == [1, 2, 3]
+        assert await agent.host.wakes() == []
 
 
 async def test_an_end_while_the_thread_is_being_resumed_is_told_with_the_first_or_next(
