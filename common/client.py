@@ -135,7 +135,10 @@ class Host:
         return await self.call(ListThreads(), list[ThreadRow])
 
     async def processes(self, *, ended: bool = False) -> list[ProcessRow]:
-        """Return the live processes of all threads; `ended`: the ended ones too, until they expire."""
+        """Return the live processes of all threads; `ended`: the ended ones too, until they expire.
+
+        They are sorted by thread, the ended ones first, and the oldest of both first.
+        """
         return await self.list_processes(None, ended=ended)
 
     async def list_processes(self, thread_id: str | None, *, ended: bool) -> list[ProcessRow]:
@@ -149,7 +152,7 @@ class Host:
             rows |= page  # one that ended meanwhile comes twice
             # An older broker gives all of them, whatever is asked.
             if sum(row.state == "ended" for row in answer) < ROWS_AT_ONCE or after in page:
-                return sorted(rows.values(), key=lambda row: (row.thread, row.state != "ended"))
+                return sorted(rows.values(), key=lambda row: (row.thread, row.state != "ended", row.started_at))
             after = [*page][-1]
 
     async def wakes(self, *, all: bool = False) -> list[WakeRow]:

@@ -51,7 +51,9 @@ T = TypeVar("T")
 
 # What errors for people name, and what it is called here.
 _IN_OUR_WORDS = {"`outlive logs`": "read_output", "`outlive ps`": "list_sessions"}
-# Characters of a command in a list: models write whole files in one, and a list of them would fill their memory.
+# What would fill a model's memory: ended sessions in a list, and characters of a command there, since models write
+# whole files in one.
+ENDED_LISTED = 100
 _COMMAND_SHOWN = 500
 # Seconds that a wait takes at least: what is true already needs a moment to be said.
 _LOOK = 0.25
@@ -219,7 +221,8 @@ async def list_sessions(thread: Thread, given: vocabulary.ListSessions, terms: T
         rows = await thread.processes(ended=given.all)
     except UnknownThread:  # nothing was started yet
         rows = []
-    return vocabulary.Sessions(sessions=[_row(row) for row in rows])
+    earlier = max(0, sum(row.state == "ended" for row in rows) - ENDED_LISTED)  # the first of the list
+    return vocabulary.Sessions(sessions=[_row(row) for row in rows[earlier:]], earlier=earlier or UNSET)
 
 
 def _row(row: ProcessRow) -> vocabulary.SessionRow:

@@ -102,7 +102,9 @@ class WriteStdin(Arguments, frozen=True, kw_only=True):
 class ListSessions(Arguments, frozen=True, kw_only=True):
     """Of `list_sessions`."""
 
-    all: Annotated[bool, Meta(description="Also those that have ended, which are kept for a day.")] = False
+    all: Annotated[bool, Meta(description="Also those that have ended, the last 100; they are kept for a day.")] = (
+        False
+    )
 
 
 class ReadOutput(Arguments, frozen=True, kw_only=True):
@@ -280,9 +282,15 @@ class Sessions(Answer, frozen=True, kw_only=True):
     """Of `list_sessions`."""
 
     sessions: list[SessionRow]
+    earlier: Annotated[
+        int | UnsetType, Meta(description="How many more ended before those that are listed, and are kept.")
+    ] = UNSET
 
     def text(self) -> str:
-        return "\n".join([f"Sessions: {len(self.sessions)}", *(row.line() for row in self.sessions)])
+        first = f"Sessions: {len(self.sessions)}"
+        if self.earlier is not UNSET:
+            first += f"; {self.earlier} more have ended before these"
+        return "\n".join([first, *(row.line() for row in self.sessions)])
 
 
 class Gap(msgspec.Struct, frozen=True, rename={"start": "from", "end": "to"}):

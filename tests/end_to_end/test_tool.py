@@ -13,6 +13,7 @@ import pytest
 import outlive
 from outlive.common.errors import Unavailable
 from outlive.common.messages import WaitRow
+from outlive.scripts.doors import catalogue
 from outlive.scripts.doors.catalogue import TOOLS, call
 
 from .agents import OUTLIVE, environment
@@ -169,6 +170,21 @@ async def test_of_a_broker_that_knows_no_cursor_no_match_before_it_is_believed(
     with pytest.raises(Unavailable, match="cursor: 1: the broker is an older one"):
         await call(thread, "wait", {**asked, "cursor": 1})
     assert (await call(thread, "wait", asked)).structured()["sessions"][0]["offset"] == 0
+
+
+async def test_of_many_that_have_ended_the_last_are_listed(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "ENDED_LISTED", 2)
+    thread = await host.thread("default")
+    ended = [int((await thread.exec_command(["true"])).process_id) for _ in range(4)]
+    alive = int((await thread.exec_command(["sleep", "1000"], yield_time_ms=250)).process_id)
+    listed = await call(thread, "list_sessions", {"all": True})
+    rows = listed.structured()
+    assert [row["session_id"] for row in rows["sessions"]] == [*ended[2:], alive]
+    assert rows["earlier"] == 2
+    assert listed.text().startswith("Sessions: 3; 2 more have ended before these\n")
+    assert "earlier" not in (await call(thread, "list_sessions", {})).structured()
 
 
 async def test_a_long_output_is_read_piece_by_piece_and_from_its_end(host: outlive.Host) -> None:
