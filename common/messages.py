@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from .names import RANDOM_IDS
 from .outcome import Outcome
 from .program import Program, Wake
 
@@ -397,7 +398,10 @@ class Register(Body, frozen=True, kw_only=True):
 
 
 class Welcome(Body, frozen=True, kw_only=True):
-    """The answer to `Register`: ids the thread has used, as little-endian numbers of 5 bytes each."""
+    """The answer to `Register`: ids the thread has used, as little-endian numbers of 5 bytes each.
+
+    Those after the random ones were counted: of them the highest is enough.
+    """
 
     used: bytes = b""
     deltas: bool = False
@@ -405,10 +409,12 @@ class Welcome(Body, frozen=True, kw_only=True):
     @classmethod
     def of(cls, ids: Iterable[str], *, deltas: bool) -> Welcome:
         """Return the welcome for a thread that has used these ids."""
-        return cls(used=b"".join(int(id).to_bytes(5, "little") for id in ids), deltas=deltas)
+        numbers = {int(id) for id in ids}
+        told = {number for number in numbers if number < RANDOM_IDS.stop} | {max(numbers, default=1)}
+        return cls(used=b"".join(number.to_bytes(5, "little") for number in told), deltas=deltas)
 
     def ids(self) -> set[str]:
-        """Return the ids that the thread has used."""
+        """Return them."""
         return {str(int.from_bytes(self.used[at : at + 5], "little")) for at in range(0, len(self.used), 5)}
 
 

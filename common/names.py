@@ -12,7 +12,9 @@ import re
 from .errors import BadRequest
 
 _THREAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Ten digits: ids are counted on from 100000 when the random ones run out, one at a time.
+# The process ids given at random; when they run out, counting goes on from the next one.
+RANDOM_IDS = range(1000, 100_000)
+# Ten digits: they are counted one at a time.
 _PROCESS = re.compile(r"[1-9][0-9]{0,9}")
 
 # Bytes in `sockaddr_un.sun_path`, less the final zero.

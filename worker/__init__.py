@@ -3,6 +3,7 @@
 Read in this order; a module imports only from those above it, and from `common`.
     commands     what a call becomes: the argv and environment of a child.  Decides; starts nothing.
     pruning      which process makes room for a new one.  Decides; does nothing.
+    ids          the ids of a thread's processes: which one is next.  Decides.
     watchers     output as deltas, an end as one event.  Decides what to say; `link` says it.
     spawner      a small program beside the worker: it forks, deposits, and records how children ended.
     nursery      the worker's end of it: one start, from an order to the handles of a process.

@@ -12,7 +12,6 @@ Always true
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 import time
 from collections import Counter
@@ -50,13 +49,12 @@ from ..common.transcript import Facts, Lease
 from ..common.tree import Feller
 from . import pruning
 from .commands import command_line, environment_of
+from .ids import Ids
 from .nursery import Nursery, Order
 from .watchers import Watch
 
 # Descriptors kept free: libzmq aborts the process when it meets EMFILE.
 RESERVE = 64
-# The ids given at random; when they run out, counting goes on from `RANDOM_IDS.stop`.
-RANDOM_IDS = range(1000, 100_000)
 # Calls remembered after their process was collected.  A repetition may be on its way before the broker has heard of
 # that; what comes later, the broker answers from its journal.
 CALLS_REMEMBERED = 10_000
@@ -92,14 +90,13 @@ class ProcessManager:
         config: Config,
     ) -> None:
         self.thread_id = thread_id
-        self.used: set[str] = set()
+        self.ids = Ids(config.seed)
         self._lease = Lease.mine(epoch)
         self._nursery = nursery
         self._pumps = pumps
         self._pump = pump
         self._send = send
         self._config = config
-        self._random = random.Random(config.seed) if config.seed is not None else random.SystemRandom()
         self._processes: dict[str, Managed] = {}
         self._going: dict[str, Managed] = {}
         # What is being started, by call id.
@@ -142,7 +139,7 @@ class ProcessManager:
             raise ExpiredProcess(f"call {call.call_id} was answered before, and its process has been collected")
         known = self._calls.get(call.call_id)
         under_way = self._starts.get(call.call_id)
-        process_id = known or (under_way.process_id if under_way else self._new_id())
+        process_id = known or (under_way.process_id if under_way else self.ids.next())
         # From here on, so that a process is not let go between its start and all that waited for it.
         with self._talk(process_id):
             if known:
@@ -347,18 +344,6 @@ class ProcessManager:
         )
         return Order(facts, environment_of(call, facts), self._lease)
 
-    def _new_id(self) -> str:
-        free = len(RANDOM_IDS) - len(self.used)
-        if free > len(RANDOM_IDS) // 10:  # else most tries would meet a used one
-            while (candidate := str(self._random.choice(RANDOM_IDS))) in self.used:
-                pass
-        else:
-            left = [str(number) for number in RANDOM_IDS if str(number) not in self.used]
-            highest = max((int(used) for used in self.used), default=0)
-            candidate = self._random.choice(left) if left else str(max(highest + 1, RANDOM_IDS.stop))
-        self.used.add(candidate)
-        return candidate
-
     def _make_room(self, warnings: list[str]) -> None:
         limit = self._config.max_processes
         room = (launch.descriptor_limit() - RESERVE) // len(ROLES)
@@ -421,7 +406,7 @@ class ProcessManager:
             offset = held.pump.written
         watch = Watch(held.transcript, self._send, seq=seq, offset=offset)
         managed = Managed(held, watch)
-        self.used.add(held.process_id)
+        self.ids.use([held.process_id])
         self._processes[held.process_id] = managed
         self._calls[facts.call_id] = held.process_id
         # Collected, and here again: the broker died before it had recorded that.

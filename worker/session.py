@@ -101,7 +101,7 @@ class Session:
             raise OutliveError(f"its program failed: {self._failure}")
 
     def _connected(self, channel: Channel, welcome: Welcome) -> None:
-        self.manager.used |= welcome.ids()
+        self.manager.ids.use(welcome.ids())
         self._nursery.use_broker(channel)
         self.manager.want_deltas(welcome.deltas)
         self.manager.tell_of_ends()

@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 from outlive.common.messages import DetachedProcessSummary, ReattachSummary, Welcome, outcome_from_wire
 from outlive.common.outcome import Outcome
 from outlive.common.program import Program
+from outlive.worker.ids import Ids
 
 
-@given(st.sets(st.integers(1, 9_999_999_999).map(str), max_size=50))
-def test_the_ids_a_thread_has_used_arrive(ids: set[str]) -> None:
-    welcome = Welcome.of(ids, deltas=True)
-    assert welcome.ids() == ids
-    assert len(welcome.used) == 5 * len(ids)
+@given(st.sets(st.integers(1, 99_999) | st.integers(100_000, 9_999_999_999), max_size=50))
+def test_the_ids_a_thread_has_used_arrive_and_of_counted_ones_the_highest(numbers: set[int]) -> None:
+    ids = Ids()
+    ids.use(Welcome.of(map(str, numbers), deltas=True).ids())
+    assert all(str(number) in ids for number in numbers)
+    assert int(ids.next()) not in numbers
+
+
+def test_a_welcome_has_room_for_whatever_a_thread_has_used() -> None:
+    assert len(Welcome.of(map(str, range(1000, 1_000_000)), deltas=True).used) <= 5 * 100_000
 
 
 def test_summaries_sort_their_ids_as_strings() -> None:

@@ -16,11 +16,11 @@ from outlive.common import launch
 from outlive.common.errors import BadRequest, LimitReached, SpawnError, StdinClosed, UnknownProcess
 from outlive.common.held import exec_yield, write_yield
 from outlive.common.messages import Collected, Delta, ExecCommand, ReadOutput
+from outlive.common.names import RANDOM_IDS
 from outlive.common.outcome import Outcome
 from outlive.common.response import Response
 from outlive.common.transcript import Gap, Transcript
 from outlive.worker.commands import PLAIN_ENVIRONMENT, command_line
-from outlive.worker.processes import RANDOM_IDS
 
 FOREVER = float("inf")
 SLEEP = [b"/bin/sleep", b"1000"]
@@ -354,39 +354,12 @@ def test_a_shell_that_does_not_run_is_passed_over(shell: bytes) -> None:
 # Ids.
 
 
-async def test_ids_are_random_decimal_and_in_range(house: Any) -> None:
+async def test_an_id_is_not_given_out_again(house: Any) -> None:
     desk = house.desk()
-    ids = [response.process_id for response in await asyncio.gather(*(desk.run("true") for _ in range(20)))]
-    assert len(set(ids)) == 20
-    assert all(int(process_id) in RANDOM_IDS for process_id in ids)
-    assert ids != sorted(ids, key=int)
-
-
-async def test_a_seed_makes_ids_predictable(house: Any) -> None:
-    first, second, other = house.desk(seed=7), house.desk(seed=7), house.desk(seed=8)
-    ids = [[(await desk.run("true")).process_id for _ in range(3)] for desk in (first, second, other)]
-    assert ids[0] == ids[1] != ids[2]
-
-
-async def test_an_id_is_not_given_out_again_and_counting_goes_on_from_100000(house: Any) -> None:
-    desk = house.desk()
-    desk.manager.used |= {str(number) for number in RANDOM_IDS if number != 4711}
+    desk.manager.ids.use(str(number) for number in RANDOM_IDS if number != 4711)
     assert [(await desk.run("true")).process_id for _ in range(3)] == ["4711", "100000", "100001"]
     desk.manager.settle()
     assert (await desk.run("true")).process_id == "100002"
-
-
-async def test_counting_goes_on_after_the_highest_that_was_used(house: Any) -> None:
-    desk = house.desk()
-    desk.manager.used |= {str(number) for number in RANDOM_IDS} | {"123456"}
-    assert (await desk.run("true")).process_id == "123457"
-
-
-async def test_the_last_free_ids_are_found_among_very_many_used(house: Any) -> None:
-    desk = house.desk()
-    left = {"1000", "50000", "99999"}
-    desk.manager.used |= {str(number) for number in RANDOM_IDS} - left
-    assert {(await desk.run("true")).process_id for _ in range(3)} == left
 
 
 # Limits.
