@@ -85,9 +85,10 @@ class Session:
         link = asyncio.create_task(self._link.run())
         done = asyncio.create_task(self._done.wait())
         finished, _ = await asyncio.wait({link, done}, return_when=asyncio.FIRST_COMPLETED)
-        for task in self._tasks:  # what still waits for output would read from closed descriptors
+        # What waits for output, or connects, would go on with closed descriptors.
+        for task in (link, *self._tasks):
             task.cancel()
-        await asyncio.wait({asyncio.create_task(asyncio.sleep(0)), *self._tasks})
+        await asyncio.wait({link, *self._tasks})
         await self._programs.close()
         self._nursery.close()
         self.manager.close()
@@ -96,7 +97,6 @@ class Session:
         self._context.destroy(0)
         if link in finished:
             link.result()
-        link.cancel()
         if self._failure:
             raise OutliveError(f"its program failed: {self._failure}")
 
