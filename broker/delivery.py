@@ -50,6 +50,8 @@ RUN_SIZE_MAX = 1 << 20
 CRASH_DEADLINE = 5.0
 # Wakes that are kept for a thread without a program; then the oldest are dropped.
 UNMANNED_MAX = 1000
+# Bytes of wakes in one answer, at most: half of what it can hold.
+ROWS_SIZE_MAX = 2 << 20
 # How a worker ends that was ended from outside, or was sent to bed; every other end is its program's doing.
 _FROM_OUTSIDE = {"SIGKILL", "SIGTERM", "exit status 0", "gone"}
 
@@ -267,8 +269,17 @@ class Delivery:
     def rows(
         self, thread_id: str | None, *, everything: bool, after: int = 0, at_most: int | None = None
     ) -> list[WakeRow]:
-        """Return lines of `outlive wakes`, see `Outbox.rows`."""
-        return [letter.row() for letter in self._outbox.rows(thread_id, everything, after, at_most)]
+        """Return lines of `outlive wakes`, see `Outbox.rows`; with `at_most`, fewer where they are long."""
+        rows: list[WakeRow] = []
+        room = ROWS_SIZE_MAX
+        for letter in self._outbox.rows(thread_id, everything, after, at_most):
+            row = letter.row()
+            # Of up to four bytes; the rest of a line is short.
+            room -= 500 + 4 * (len(row.rule) + len(row.text or "") + len(row.failure or ""))
+            if rows and room < 0 and at_most is not None:
+                break
+            rows.append(row)
+        return rows
 
     def row(self, thread: Thread) -> ThreadRow:
         """Return a thread's line of `threads`."""

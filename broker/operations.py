@@ -63,8 +63,9 @@ from .watching import Watching
 _ENDING = {1, 2, 3, 6, 9, 15}
 # Seconds that a killed tree has to be gone before `kill --after` answers without it.
 _KILLED_WITHIN = 5.0
-# Characters of all command lines in one list: with up to four bytes each, half of what an answer can hold.
-_COMMANDS_MAX = 1 << 19
+# Characters of all command lines, folders and rules in one list: with up to four bytes each, half of what an answer
+# can hold.
+_WORDS_MAX = 1 << 19
 
 
 @cache
@@ -346,10 +347,9 @@ class Operations:
     async def kill(self, call: messages.Kill, deadline: float | None) -> list[dict[str, Any]]:
         entries = [self._find(call.thread, process_id) for process_id in dict.fromkeys(call.process_ids)]
         live = [entry for entry in entries if isinstance(entry, Entry) and entry.state is not State.ENDED]
-        counts = await asyncio.gather(*(self._signal(entry, call) for entry in live))
+        signalled = await self._signal(live, call)
         if call.after_s is not None:
             await asyncio.gather(*(self._escalate(entry, call.after_s) for entry in live))
-        signalled = {entry.key[1]: count for entry, count in zip(live, counts, strict=True)}
         return [
             {
                 "thread": call.thread,
@@ -360,29 +360,37 @@ class Operations:
             for process_id in dict.fromkeys(call.process_ids)
         ]
 
-    async def _signal(self, entry: Entry, call: messages.Kill) -> int:
-        transcript = entry.transcript
-        while entry.state is State.STARTING:
-            await entry.changed()
-        if transcript is None or entry.state in (State.ENDED, State.GONE):
-            return 0
-        if call.signal in _ENDING:
-            transcript.record_by("caller")
-        if call.foreground:
+    async def _signal(self, entries: list[Entry], call: messages.Kill) -> dict[str, int]:
+        """Signal these, all trees after one search; return how many processes of each."""
+        for entry in entries:
+            while entry.state is State.STARTING:
+                await entry.changed()
+        live = [(entry, entry.transcript) for entry in entries if entry.state not in (State.ENDED, State.GONE)]
+        roots: dict[str, tree.Root] = {}
+        signalled: dict[str, int] = {}
+        for entry, transcript in live:
+            assert transcript is not None
+            process_id = entry.key[1]
+            if call.signal in _ENDING:
+                transcript.record_by("caller")
+            if not call.foreground:
+                roots[process_id] = tree.root(transcript.facts.mark, entry.handles.pidfd)
+                continue
             if not transcript.facts.tty:
                 raise BadRequest(
-                    f"process {entry.key[1]} has no terminal, so no foreground group; signal its tree instead"
+                    f"process {process_id} has no terminal, so no foreground group; signal its tree instead"
                 )
             try:
                 kernel.signal_foreground(entry.handles.terminal, call.signal)
             except OSError as error:
                 raise BadRequest(
-                    f"process {entry.key[1]}: its foreground group took no {signal_name(call.signal)}: {error}"
+                    f"process {process_id}: its foreground group took no {signal_name(call.signal)}: {error}"
                 ) from None
-            return 1
-        start = tree.root(transcript.facts.mark, entry.handles.pidfd)
-        (reached,) = await asyncio.to_thread(tree.send, call.signal, start)
-        return reached
+            signalled[process_id] = 1
+        if roots:
+            reached = await asyncio.to_thread(tree.send, call.signal, *roots.values())
+            signalled |= zip(roots, reached, strict=True)
+        return signalled
 
     async def _escalate(self, entry: Entry, after_s: float) -> None:
         if await self._ended_within(entry, after_s) or entry.transcript is None:
@@ -498,8 +506,18 @@ class Operations:
 
 
 def _fitting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return lines of `ps`, long commands cut where together they are more than an answer can hold."""
-    if sum(len(word) + 1 for row in rows for word in row["command"]) <= _COMMANDS_MAX:
+    """Return lines of `ps`, cut where together they are more than an answer can hold."""
+    if sum(len(word) + 1 for row in rows for word in _words(row)) <= _WORDS_MAX:
         return rows
-    most = _COMMANDS_MAX // len(rows)
-    return [{**row, "command": brief(row["command"], most)} for row in rows]
+    most = _WORDS_MAX // len(rows) // 2
+    return [_cut(row, most) if sum(map(len, _words(row))) > most else row for row in rows]
+
+
+def _words(row: dict[str, Any]) -> list[str]:
+    return [*row["command"], row["cwd"], *row.get("wake_on", ())]
+
+
+def _cut(row: dict[str, Any], most: int) -> dict[str, Any]:
+    command = brief(row["command"], most)
+    (cwd,) = brief([row["cwd"]], most // 2)
+    return {**row, "command": command, "cwd": cwd, "wake_on": brief(row.get("wake_on", []), most // 2)}

@@ -106,8 +106,9 @@ class Workers(Processes):
         Before, its living processes would be called expired.  A stopped one is not waited for any longer than
         `SURVIVORS_DEADLINE`.
         """
-        for thread in list(self.threads.values()):
-            if thread.expected and thread_id in (None, thread.thread_id):
+        asked = self.threads if thread_id is None else [thread_id]
+        for thread in [self.threads[name] for name in asked if name in self.threads]:
+            if thread.expected:
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(self._survivors_until):
                         while thread.expected:

@@ -524,7 +524,8 @@ ThreadState = Literal["awake", "asleep", "failed"]
 class ProcessRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `ps`.  Times are RFC 3339 UTC; byte counts are of the output stream.
 
-    `command`: the argv, cut and with `…` at its end where all of a list are too much for one answer.
+    `command`: the argv.  It, `cwd` and `wake_on` are cut, with `…` at their ends, where all of a list are too much
+    for one answer.
     `wake_on`: the texts of the wake rules that it was started with.  `columns`, `rows`: the size of its terminal,
     the last one if it has ended; `None` without a terminal, and where an older broker told nothing.
     """

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from .errors import BadRequest
 
+# Bytes of a log that is gone on with when a broker starts.
+LOG_MAX = 16 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Paths:
@@ -99,8 +102,14 @@ class Paths:
             _make_private(self.state)
 
     def open_log(self) -> int:
-        """Return the log for appending to it, or /dev/null where it cannot be written."""
+        """Return the log for appending to it, or /dev/null where it cannot be written.
+
+        A large one is kept as the one before, and a new one is begun.
+        """
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        with suppress(OSError):
+            if self.log.stat().st_size > LOG_MAX:
+                self.log.replace(f"{self.log}.1")
         try:
             return os.open(self.log, flags, 0o600)
         except OSError:

@@ -19,8 +19,9 @@ from .messages import OLDEST, VERSION, Body, Failure, Ops, Reply, Request, op_of
 
 # Bytes of one frame: a command line and environment (2 MiB at most for Linux), or a piece of transcript.
 FRAME_MAX = 4 << 20
-# Entries of one list or map.  An environment has hundreds.
-ENTRIES_MAX = 100_000
+# Entries of one list or map: more than Linux takes as arguments and variables, of ten bytes each at least, in the
+# 2 MiB that it has for them.
+ENTRIES_MAX = 250_000
 # Messages that may wait for one peer.
 QUEUE_MAX = 10_000
 
@@ -46,6 +47,10 @@ def encode(message: Request | Reply) -> bytes:
         )
     except UnicodeEncodeError as error:
         raise BadRequest(f"{error.object!r:.80} is no text: it has a lone surrogate") from None
+    if isinstance(message, Request):
+        for name, value in message.body.items():
+            if isinstance(value, list | dict) and len(value) > ENTRIES_MAX:
+                raise BadRequest(f"{message.op}: {name} has {len(value)} entries; at most {ENTRIES_MAX} are sent")
     if len(raw) > FRAME_MAX:
         raise BadRequest(f"message of {len(raw)} bytes; at most {FRAME_MAX} are sent")
     return raw

@@ -352,7 +352,9 @@ class ProcessManager:
                 f"thread {self.thread_id}: {len(self._processes)} processes leave no descriptors for another "
                 f"(limit {launch.descriptor_limit()}); end some, or raise the limit on open files"
             )
-        while len(self._processes) + len(self._starts) > limit:
+        # One that lives has to be enough, though a handoff may have brought more: each was wanted.
+        victim_lived = False
+        while len(self._processes) + len(self._starts) > limit and not victim_lived:
             spare_live = self._config.when_full == "refuse"
             victim = pruning.choose(
                 (
@@ -371,6 +373,7 @@ class ProcessManager:
             if managed.held.ended:
                 self._drop(managed)
             else:
+                victim_lived = True
                 self._end(victim, "pruned")
                 warnings.append(f"process {victim} was ended to make room: this thread may hold {limit} processes")
 

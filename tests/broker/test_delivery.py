@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from outlive.broker import delivery as module
 from outlive.broker.delivery import Delivery
 from outlive.broker.entries import Thread
 from outlive.broker.journal import Journal
@@ -286,6 +287,18 @@ async def test_what_was_read_by_the_agent_is_not_run_unless_the_program_wants_it
     (match,) = machine.runs[-1].wake.matches
     assert (match.process_id, match.read) == ("1001", True)
     await broker.die()
+
+
+async def test_long_wakes_are_listed_fewer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_SIZE_MAX", 11_000)
+    broker = Broker(Machine(tmp_path / "journal.db"))
+    for number in range(3):
+        broker.delivery.came_true(("t", "1000"), Output(str(number)), Match(text=b"x" * 1200, offset=number))
+    broker.threads.journal.flush()
+    first = broker.delivery.rows("t", everything=True, at_most=500)
+    rest = broker.delivery.rows("t", everything=True, after=first[-1].number, at_most=500)
+    assert ([row.offset for row in first], [row.offset for row in rest]) == ([0, 1], [2])
+    assert len(broker.delivery.rows("t", everything=True)) == 3
 
 
 async def test_wakes_of_a_thread_without_a_program_are_kept_for_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from outlive.common import paths as module
 from outlive.common.errors import BadRequest
 from outlive.common.names import SocketPath, check_process, check_thread
 from outlive.common.paths import Paths, private_folder
@@ -180,3 +181,18 @@ def test_a_socket_path_is_closed_once(tmp_path: Path, no_leak: None) -> None:
     path = SocketPath(folder / "s")
     path.close()
     path.close()
+
+
+def test_a_log_that_has_grown_large_is_kept_and_another_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOG_MAX", 10)
+    paths = Paths.from_environment({"OUTLIVE_HOME": str(tmp_path)})
+    paths.prepare()
+    for text in (b"eleven bytes", b"more", b" of it"):
+        log = paths.open_log()
+        os.write(log, text)
+        os.close(log)
+    assert paths.log.read_bytes() == b"more of it"
+    assert Path(f"{paths.log}.1").read_bytes() == b"eleven bytes"
+    assert stat.S_IMODE(paths.log.stat().st_mode) == 0o600

@@ -287,6 +287,15 @@ def test_an_unknown_request_is_named_and_so_are_the_known_ones() -> None:
         wire.body_of(Request(v=VERSION, op="down", body={}), WORKER_OPS)
 
 
+def test_a_list_that_nobody_would_read_is_not_sent() -> None:
+    call = ListProcesses(thread="t")
+    fits, much = ({"environment": {str(n): "" for n in range(count)}} for count in (250_000, 250_001))
+    wire.decode(wire.encode(Request(v=VERSION, op="x", body=fits)))
+    with pytest.raises(BadRequest, match="x: environment has 250001 entries; at most 250000 are sent"):
+        wire.encode(Request(v=VERSION, op="x", body=much))
+    assert wire.decode(wire.encode(wire.request(call)))
+
+
 @pytest.mark.parametrize(
     ("frame", "complaint"),
     [
@@ -299,7 +308,7 @@ def test_an_unknown_request_is_named_and_so_are_the_known_ones() -> None:
         (b"\x80" * 2, "not msgpack"),
         (b"\xc7\x00\x05", "not msgpack"),
         (b"\0" * (wire.FRAME_MAX + 1), "at most 4194304 are read"),
-        (b"\xdd\x00\x01\x86\xa1" + b"\0" * 100_001, "not msgpack"),  # a list of 100,001
+        (b"\xdd\x00\x03\xd0\x91" + b"\0" * 250_001, "not msgpack"),  # a list of 250,001
     ],
 )
 def test_a_bad_frame_is_refused_by_name(frame: bytes, complaint: str) -> None:

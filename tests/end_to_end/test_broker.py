@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import outlive
-from outlive.common import client
+from outlive.broker.loop import PEERS_MAX
+from outlive.common import channel, client
 from outlive.common.messages import ListProcesses, ProcessRow
 
 from .conftest import HELD, Home, Numbered, descriptors_of, eventually, lives
@@ -212,6 +213,44 @@ async def test_command_lines_that_are_too_much_for_one_answer_are_cut_and_all_pr
         assert row.command[-1].endswith("é…")
     await thread.exec_command(["true", "short"])  # long ones make room for it, and it stays whole
     assert ["true", "short"] in [row.command for row in await thread.processes(ended=True)]
+
+
+async def test_folders_and_rules_that_are_too_much_for_one_answer_are_cut_too(
+    host: outlive.Host, tmp_path: Path
+) -> None:
+    thread = await host.thread("long")
+    folder = tmp_path.joinpath(*["x" * 200] * 15)
+    folder.mkdir(parents=True)
+    rules = [{"output": f"{number}{'.' * 970}"} for number in range(8)]
+    calls = [thread.exec_command(["true"], workdir=folder, wake_on=rules) for _ in range(60)]
+    await asyncio.gather(*calls)
+    rows = await thread.processes(ended=True)
+    assert len(rows) == 60
+    assert {row.command[0] for row in rows} == {"true"}
+    assert all(row.cwd.endswith("…") and row.wake_on[-1].endswith("…") for row in rows)
+
+
+async def test_a_worker_is_replaced_though_as_many_are_connected_as_may_be(home: Home, host: outlive.Host) -> None:
+    thread = await host.thread("a")
+    process_id = (await thread.exec_command(["sleep", "1000"], yield_time_ms=250)).process_id
+    idle = []
+    try:
+        for _ in range(PEERS_MAX):
+            try:
+                idle.append(channel.connect(home.paths.channel))
+            except BlockingIOError:  # it has to accept some first
+                await asyncio.sleep(0.001)
+        with pytest.raises(outlive.Unavailable, match="1000 peers are connected"):
+            async with outlive.connect(home.paths) as late:
+                await late.status()
+        (worker,) = home.pids("worker")
+        os.kill(worker, signal.SIGKILL)
+        reply = await thread.write_stdin(process_id, yield_time_ms=5000)
+        assert reply.session_id == int(process_id)
+        assert home.pids("worker") != [worker]
+    finally:
+        for one in idle:
+            one.close()
 
 
 async def test_more_processes_than_one_answer_can_hold_are_all_listed(

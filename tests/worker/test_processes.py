@@ -404,6 +404,17 @@ async def test_the_least_recently_used_of_64_makes_room_and_the_agent_is_told(ho
     assert ids[2] in desk.manager.process_ids
 
 
+async def test_where_a_handoff_brought_too_many_only_one_makes_room_for_a_new_one(house: Any) -> None:
+    old, new = house.desk(1, max_processes=30), house.desk(2, max_processes=10)
+    ids = await crowd(old, 20)
+    copies = old.copies()
+    await old.manager.export_processes()
+    assert new.manager.import_processes(copies) == []
+    response = await new.run(SLEEP, ms=250)
+    assert [warning.split()[1] for warning in response.warnings if "was ended" in warning] == ids[:1]
+    assert len(new.manager.process_ids) == 20
+
+
 async def test_the_agent_is_warned_from_the_sixtieth_process_on(house: Any) -> None:
     desk = house.desk()
     await crowd(desk, 58)
