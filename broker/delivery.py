@@ -50,6 +50,9 @@ RUN_SIZE_MAX = 1 << 20
 CRASH_DEADLINE = 5.0
 # Wakes that are kept for a thread without a program; then the oldest are dropped.
 UNMANNED_MAX = 1000
+# Seconds that a worker has to end a run that is not wanted any more.  A program that never awaits keeps its worker
+# from hearing of it; what that holds, we hold too.
+CANCEL_DEADLINE = 5.0
 # Bytes of wakes in one answer, at most: half of what it can hold.
 ROWS_SIZE_MAX = 2 << 20
 # How a worker ends that was ended from outside, or was sent to bed; every other end is its program's doing.
@@ -501,8 +504,12 @@ class Delivery:
 
     async def _to_bed(self, box: Box, *, cancel: bool) -> None:
         with suppress(OutliveError):
-            if cancel and box.thread.worker:
-                await box.thread.worker.call(CancelRun(), self._world.transmit)
+            if cancel and (peer := box.thread.worker):
+                try:
+                    await peer.call(CancelRun(), self._world.transmit, kernel.boottime() + CANCEL_DEADLINE)
+                except Unavailable:
+                    self._world.log(f"thread {box.thread.thread_id}: its program blocks its worker, which is ended")
+                    self._world.kill_worker(peer.pid)
             await self._sleep(box)
 
     async def _sleep(self, box: Box) -> None:

@@ -520,17 +520,21 @@ class Broker:
         sender = self._peers.get(message.token)
         if sender is None or not sender.open:
             unknown = PeerError("token: unknown, or its channel is closed; connect again")
-            self._answer(route, wire.failure(message.id, unknown))
+            self._refuse(route, message, unknown)
             return
         if sender.route is None:
             sender.route = route
         elif sender.route != route:
-            self._answer(route, wire.failure(message.id, PeerError("token: belongs to another connection")))
+            self._refuse(route, message, PeerError("token: belongs to another connection"))
             return
         if sender.role == "worker":
             self._from_worker(sender, message)
         else:
             self._from_client(sender, message)
+
+    def _refuse(self, route: bytes, request: Request, error: PeerError) -> None:
+        if request.id:  # an answer without one is about a frame that we could not read
+            self._answer(route, wire.failure(request.id, error))
 
     def _answer(self, route: bytes, reply: Reply) -> None:
         try:

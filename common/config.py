@@ -30,9 +30,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_processes: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 64
     warn_at: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 60
     when_full: Literal["prune", "refuse"] = "prune"
-    ended_keep_hours: Annotated[float, msgspec.Meta(ge=0)] = 24.0
+    ended_keep_hours: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 24.0
     ended_keep_count: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 1000
-    idle_sleep_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    idle_sleep_s: Annotated[float, msgspec.Meta(ge=0, le=1_000_000_000)] = 0.0
     journal_max_mb: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1024
     pump: Literal["auto", "copied"] = "auto"
     seed: int | None = None

@@ -22,12 +22,13 @@ import itertools
 import os
 import time
 from contextlib import suppress
+from typing import Any
 
 import zmq
 
 from . import channel, kernel, launch, wire
 from .channel import Channel
-from .errors import HandoffError, PeerError, Unavailable
+from .errors import HandoffError, OutliveError, PeerError, Unavailable
 from .messages import Body, NeverMind, Reply
 from .names import SocketPath
 from .paths import Paths
@@ -125,7 +126,12 @@ class Connection:
     def _receive(self, frames: list[bytes]) -> None:
         try:
             reply = wire.decode(frames[-1])
-        except PeerError:
+            if isinstance(reply, Reply) and reply.id == 0:
+                wire.result_of(reply, Any)  # the broker could not read what we had sent
+        except OutliveError as error:
+            for waiting in self._replies.values():
+                if not waiting.done():
+                    waiting.set_exception(Unavailable(f"the broker does not understand us, or we not it: {error}"))
             return
         if isinstance(reply, Reply) and (answer := self._replies.get(reply.id)) and not answer.done():
             answer.set_result(reply)
@@ -246,7 +252,9 @@ def _start_broker(paths: Paths) -> str:
     log = paths.open_log()
     try:
         arguments = [str(launch.FIRST_FD)]
-        pid = launch.launch("outlive.broker.keeper", arguments, fds=[theirs], log=log, forsaken=True)
+        # It will be in another directory, where a relative one would be another.
+        home = {"OUTLIVE_HOME": str(paths.config.parent)} if os.environ.get("OUTLIVE_HOME") else {}
+        pid = launch.launch("outlive.broker.keeper", arguments, fds=[theirs], log=log, extra=home, forsaken=True)
     finally:
         os.close(theirs)
         os.close(log)

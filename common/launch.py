@@ -50,7 +50,7 @@ def launch(
     foreign = (THREAD, PROCESS, MARK, ROLE, *(_SUPERVISION if forsaken else ()))
     environment = {name: value for name, value in os.environb.items() if name not in foreign}
     environment[ROLE] = module.rpartition("outlive.")[2].encode()
-    environment |= {name.encode(): value.encode() for name, value in extra.items()}
+    environment |= {os.fsencode(name): os.fsencode(value) for name, value in extra.items()}
     # Two steps, since a number we want to fill may be one that we still have to copy from; for those by way of
     # numbers that are neither.
     taken = {*fds, log}

@@ -35,12 +35,14 @@ class Paths:
         """Return the paths that the environment asks for; touches no file."""
         env = os.environ if environment is None else environment
         if home := env.get("OUTLIVE_HOME"):
-            base = Path(home).absolute()
-            return cls(base / "run", base / "state", base / "config.toml")
+            folder = Path(home).absolute()
+            return cls(folder / "run", folder / "state", folder / "config.toml")
         user_home = Path(env.get("HOME") or os.path.expanduser("~"))
-        state = Path(env.get("XDG_STATE_HOME") or user_home / ".local/state") / "outlive"
-        config = Path(env.get("XDG_CONFIG_HOME") or user_home / ".config") / "outlive/config.toml"
-        if runtime := env.get("XDG_RUNTIME_DIR"):
+        # A relative one is to be ignored: so says who invented them.
+        base = {name: value for name, value in env.items() if name.startswith("XDG_") and os.path.isabs(value)}
+        state = Path(base.get("XDG_STATE_HOME") or user_home / ".local/state") / "outlive"
+        config = Path(base.get("XDG_CONFIG_HOME") or user_home / ".config") / "outlive/config.toml"
+        if runtime := base.get("XDG_RUNTIME_DIR"):
             return cls(Path(runtime) / "outlive", state, config)
         fallback = Path(f"/run/user/{os.getuid()}")
         ours = fallback.is_dir() and fallback.stat().st_uid == os.getuid()
@@ -117,7 +119,7 @@ class Paths:
 
 
 def private_folder(folder: Path) -> None:
-    """Make `folder` (0700); raises `BadRequest` when it is not ours alone and cannot be made so."""
+    """Make `folder` (0700), or close it to others if it is empty; raises `BadRequest` when it is not ours alone."""
     try:
         _make_private(folder)
     except OSError as error:
@@ -126,8 +128,15 @@ def private_folder(folder: Path) -> None:
 
 def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
+    found = folder.lstat()
+    if stat.S_ISLNK(found.st_mode):  # to a folder that has its mode for reasons of its own
+        raise BadRequest(f"folder {folder} is a symbolic link; set OUTLIVE_HOME to the folder itself")
     if found.st_uid != os.getuid():
         raise BadRequest(f"folder {folder} belongs to user {found.st_uid}, not to you ({os.getuid()})")
     if stat.S_IMODE(found.st_mode) & 0o077:
+        if any(folder.iterdir()):
+            raise BadRequest(
+                f"folder {folder} is open to others (mode {stat.S_IMODE(found.st_mode):04o}) and not empty; "
+                f"`chmod 700` it if it is outlive's, else set OUTLIVE_HOME to another one"
+            )
         folder.chmod(0o700)

@@ -121,7 +121,9 @@ class Programs:
                 await self._main(program)(session, wake)
                 return ""
             return await self._run_command(program, session, wake)
-        except Exception as error:
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever it is, the run is over, and has failed
             failure = "".join(traceback.format_exception(error))
             print(f"program {program.label}: run {wake.run}: {failure}", file=sys.stderr, flush=True)
             if isinstance(error, BadRequest):

@@ -83,7 +83,9 @@ def test_without_it_the_users_folders_are_taken() -> None:
     )
     assert (paths.run, paths.state) == (Path("/r/outlive"), Path("/s/outlive"))
     assert paths.config == Path("/c/outlive/config.toml")
-    paths = Paths.from_environment({"XDG_RUNTIME_DIR": "/r", "HOME": "/u", "OUTLIVE_HOME": ""})
+    paths = Paths.from_environment(
+        {"XDG_RUNTIME_DIR": "/r", "XDG_STATE_HOME": "s", "XDG_CONFIG_HOME": "c", "HOME": "/u", "OUTLIVE_HOME": ""}
+    )
     assert paths.state == Path("/u/.local/state/outlive")
     assert paths.config == Path("/u/.config/outlive/config.toml")
 
@@ -106,12 +108,27 @@ def test_every_folder_is_made_private(tmp_path: Path) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_folder_that_others_could_enter_is_closed_to_them(tmp_path: Path) -> None:
+def test_a_folder_that_others_could_enter_is_closed_to_them_if_it_is_empty_and_else_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     folder.chmod(0o777)
     private_folder(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o755)
+    (folder / "file").touch()
+    with pytest.raises(BadRequest, match=r"open to others \(mode 0755\) and not empty; `chmod 700`"):
+        private_folder(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_a_link_is_refused_and_what_it_leads_to_left_as_it_is(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "run"
+    target.mkdir()
+    target.chmod(0o755)
+    link.symlink_to(target)
+    with pytest.raises(BadRequest, match="is a symbolic link"):
+        private_folder(link)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
 
 
 def test_a_state_folder_that_cannot_be_made_keeps_nobody_from_working(tmp_path: Path) -> None:

@@ -348,6 +348,14 @@ def test_the_broker_types_for_a_sleeping_thread_that_is_not_to_be_woken(cli_home
 # Looking.
 
 
+def test_a_relative_home_is_the_same_place_for_the_broker(cli_home: Home) -> None:
+    relative = {**cli_home.environment, "OUTLIVE_HOME": cli_home.path.name}
+    command = ("exec", "--json", "--yield-ms", "250", "--", "sleep", "1000")
+    done = cli_home.run(*command, env=relative, cwd=cli_home.path.parent)
+    assert done.returncode == 0, done.stderr
+    assert [row["process_id"] for row in cli_home.json("ps")] == [json.loads(done.stdout)["process_id"]]
+
+
 def test_ps_shows_the_live_ones_and_with_all_the_ended_ones_too(cli_home: Home) -> None:
     cli_home.json("exec", "-t", "a", "--", "true")
     live = cli_home.exec("sleep", "100", options=("-t", "b", "--call-id", "c7"))["process_id"]

@@ -315,3 +315,14 @@ async def test_the_folders_and_sockets_are_private(home: Home, host: outlive.Hos
     assert len(home.sockets()) == 4
     for path in home.sockets():
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_client_that_the_broker_does_not_understand_is_told_at_once(
+    host: outlive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await host.status()
+    monkeypatch.setattr(wire, "VERSION", wire.VERSION + 1)
+    with pytest.raises(outlive.Unavailable, match=r"does not understand us.*field `v` is"):
+        await host.status()
+    monkeypatch.undo()
+    await host.status()

@@ -361,6 +361,28 @@ async def test_a_program_that_fails_five_times_leaves_dead_letters_and_its_proce
     assert await agent.thread.wakes() == []
 
 
+@pytest.mark.parametrize("action", ["raise GeneratorExit", "raise BaseException('odd')"])
+async def test_a_program_that_raises_what_is_no_exception_has_failed_all_the_same(
+    agent: Agent, action: str
+) -> None:
+    (agent.folder / "odd.py").write_text(f"async def main(session, wake):\n    {action}\n")
+    await agent.thread.start("odd.py:main", workdir=agent.folder)
+    event = await agent.home.until(agent.host, event="wake", what="failed")
+    assert action.split()[1].split("(")[0] in event["failure"]
+
+
+async def test_a_program_that_never_awaits_is_ended_when_it_is_stopped_and_its_processes_live(agent: Agent) -> None:
+    process_id = (await agent.thread.exec_command(["sleep", "1000"], yield_time_ms=250)).process_id
+    (agent.folder / "stuck.py").write_text("import time\nasync def main(session, wake):\n    time.sleep(1000)\n")
+    await agent.thread.start("stuck.py:main", workdir=agent.folder)
+    await agent.home.until(agent.host, event="wake", what="delivered")
+    row = await agent.thread.stop()
+    assert (row.program, row.running) == (None, False)
+    await agent.asleep()
+    assert [one.process_id for one in await agent.thread.processes()] == [process_id]
+    assert agent.home.pids("worker") == []
+
+
 async def test_what_the_agent_has_read_by_itself_is_not_delivered(
     agent: Agent, fifo: Callable[[str], Path]
 ) -> None:
