@@ -6,6 +6,7 @@ a broker that runs, and never starts one; whatever goes wrong there means that n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,20 @@ class ProcessName(click.ParamType[tuple[str | None, str]]):
             ]
 
         return [item for item in _ask(names) if item.value.startswith(incomplete)]
+
+
+class Seconds(click.FloatRange):
+    """A time to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the seconds; `nan` and `inf` are none."""
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 class WakeNumber(click.ParamType[int]):

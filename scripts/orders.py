@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import Signal, Size, ThreadName
+from .arguments import Seconds, Signal, Size, ThreadName
 from .frame import (
     Commands,
     Process,
@@ -73,7 +73,7 @@ def down(force: bool, as_json: bool) -> None:
 @in_thread
 @processes_argument
 @click.option("-s", "--signal", type=Signal(), default="TERM", help="The signal; default: TERM.")
-@click.option("--after", type=click.FloatRange(0), metavar="S", help="Kill what still lives after S seconds.")
+@click.option("--after", type=Seconds(), metavar="S", help="Kill what still lives after S seconds.")
 @click.option("--foreground", is_flag=True, help="Signal only what runs in the foreground of its terminal.")
 def kill(
     thread: str | None,

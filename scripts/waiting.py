@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .arguments import Seconds
 from .frame import (
     FAILED,
     LOST,
@@ -67,9 +68,7 @@ def watch(thread: str | None, process: Process, wake_on: Sequence[str], as_json:
     help="Wait for this instead: output=RE, silence=S, port=N, deadline=S, exit; repeatable, the first one counts.",
 )
 @click.option("--any/--all", "any_", default=False, help="Wait for one of several processes, or (default) for all.")
-@click.option(
-    "--timeout", type=click.FloatRange(0), metavar="S", help="Give up after S seconds, with exit status 124."
-)
+@click.option("--timeout", type=Seconds(), metavar="S", help="Give up after S seconds, with exit status 124.")
 def wait(
     thread: str | None,
     processes: Sequence[Process],
@@ -81,7 +80,7 @@ def wait(
     """Wait until processes have ended, or a rule is true of them.
 
     No thread is woken by it. The exit status is that of the process (128 + N if signal N ended it, 125 if its end
-    is not known); 0 for several, and when a rule came true; 1 when the process ended before one did.
+    is not known); 0 for several, and when a rule other than `exit` came true; 1 when the process ended before.
 
     \b
     Examples: outlive wait 4711 --timeout 60

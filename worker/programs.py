@@ -27,6 +27,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
@@ -79,6 +80,15 @@ class Programs:
             )
         if program.function:
             self._main(program)
+            return
+        command = os.fsdecode(os.path.join(program.workdir, program.argv[0]))
+        if b"/" not in program.argv[0]:
+            command = os.fsdecode(program.argv[0])
+        if not await asyncio.to_thread(shutil.which, command, path=os.fsdecode(program.path) or None):
+            raise BadRequest(
+                f"program {program.label}: {os.fsdecode(program.argv[0])} cannot be executed, or is not in PATH; "
+                "a function is named as FILE.py:FUNCTION or MODULE:FUNCTION"
+            )
 
     async def run(self, body: Run) -> str:
         """Run a program to its return; the answer is its failure, for people, or nothing."""

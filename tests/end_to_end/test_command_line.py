@@ -610,6 +610,8 @@ def test_kill_signals_and_escalates_only_when_asked(shared_home: Home) -> None:
     process_id = shared_home.exec("sh", "-c", script)["process_id"]
     assert shared_home.json("kill", process_id)[0]["signal"] == 15
     assert shared_home.run("wait", "--timeout", "0.2", process_id).returncode == 124
+    for seconds in ("nan", "inf", "-1"):
+        assert shared_home.run("wait", "--timeout", seconds, process_id).returncode == 2
     assert shared_home.json("kill", process_id, "--after", "0.2")[0]["signalled"] >= 1
     done = shared_home.run("wait", "--json", process_id)
     assert done.returncode == 137

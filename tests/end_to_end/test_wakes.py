@@ -206,7 +206,9 @@ async def test_an_end_that_nobody_was_there_to_see_wakes_as_lost(agent: Agent, f
             os.kill(pid, number)
     let_go(gate)
     await eventually(lambda: agent.home.pids() == [])
-    await agent.asleep()  # a new broker comes with the first call
+    await agent.host.threads()  # a new broker comes with the first call
+    await eventually(lambda: agent.lines()[1:])
+    await agent.asleep()
     assert agent.lines()[1:] == [f"wake: {process_id} exit lost"]
 
 
@@ -369,6 +371,18 @@ async def test_a_program_that_raises_what_is_no_exception_has_failed_all_the_sam
     await agent.thread.start("odd.py:main", workdir=agent.folder)
     event = await agent.home.until(agent.host, event="wake", what="failed")
     assert action.split()[1].split("(")[0] in event["failure"]
+
+
+async def test_a_command_that_cannot_be_executed_is_no_program(agent: Agent) -> None:
+    (agent.folder / "agent.py").chmod(0o644)
+    for command in (["agent.py"], ["./agent.py"], ["/no/such/program"]):
+        with pytest.raises(outlive.BadRequest, match="cannot be executed, or is not in PATH"):
+            await agent.thread.start(command, workdir=agent.folder)
+    (agent.folder / "run").write_text("#!/bin/sh\nexit 0\n")
+    (agent.folder / "run").chmod(0o755)
+    await agent.thread.start(["./run"], workdir=agent.folder)
+    await agent.asleep()
+    assert await agent.states() == ["done"]
 
 
 async def test_a_program_that_never_awaits_is_ended_when_it_is_stopped_and_its_processes_live(agent: Agent) -> None:
