@@ -127,7 +127,8 @@ def private_folder(folder: Path) -> None:
 
 
 def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for missing in [one for one in (folder, *folder.parents) if not one.exists()][::-1]:
+        missing.mkdir(mode=0o700, exist_ok=True)  # what is above it may be ours, too
     found = folder.lstat()
     if stat.S_ISLNK(found.st_mode):  # to a folder that has its mode for reasons of its own
         raise BadRequest(f"folder {folder} is a symbolic link; set OUTLIVE_HOME to the folder itself")
