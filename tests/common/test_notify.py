@@ -88,11 +88,10 @@ def test_all_names_of_a_full_store_fit_into_one_variable() -> None:
 def test_what_is_inherited_is_known_by_name_and_passed_on_to_nobody(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    first = os.open(tmp_path, os.O_RDONLY)
-    fds = [first, os.dup(first), os.dup(first)]
-    assert fds == [first, first + 1, first + 2]
-    for fd in fds:
-        os.set_inheritable(fd, True)
+    first = 900  # far from what others may have open
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fds = [os.dup2(folder, first + number) for number in range(3)]
+    os.close(folder)
     monkeypatch.setenv("LISTEN_FDS", "3")
     monkeypatch.setenv("LISTEN_FDNAMES", "a:b")
     assert notify.inherited(first) == {"a": [first], "b": [first + 1], "unknown": [first + 2]}
