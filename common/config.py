@@ -5,6 +5,7 @@ A missing file is fine; a wrong one is an error that names the field, never half
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +42,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: Path) -> Config:
     """Read `path`; raises `BadRequest` naming the file, the field and what it may be."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadRequest(f"configuration {path}: it is no file; move it away, or put one there")
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return Config()

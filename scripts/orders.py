@@ -22,6 +22,7 @@ from .frame import (
     thread_table,
     with_host,
 )
+from .rendering import message
 
 if TYPE_CHECKING:
     from ..common.client import Host
@@ -82,30 +83,37 @@ def kill(
     after: float | None,
     foreground: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Signal processes and what they have started.
 
-    Nothing follows the signal unless --after is given.
+    Nothing follows the signal unless --after is given. Of one thread either all are signalled, or none.
 
     \b
     Examples: outlive kill 4711 --after 5
               outlive kill -s INT --foreground 4711
     """
+    from ..common.errors import OutliveError
     from ..common.outcome import signal_name
 
     by_thread: dict[str, list[str]] = {}
     for thread_id, process_id in dict.fromkeys(key_of(process, thread) for process in processes):
         by_thread.setdefault(thread_id, []).append(process_id)
 
+    failures: list[OutliveError] = []
+
+    async def one(host: Host, thread_id: str, ids: list[str]) -> list[dict[str, Any]]:
+        try:
+            return await thread_of(host, thread_id).kill(*ids, signal=signal, foreground=foreground, after=after)
+        except OutliveError as error:
+            failures.append(error)  # what was done in other threads is told first
+            return []
+
     async def work(host: Host) -> list[dict[str, Any]]:
         import asyncio
 
-        answers = await asyncio.gather(
-            *(
-                thread_of(host, thread_id).kill(*ids, signal=signal, foreground=foreground, after=after)
-                for thread_id, ids in by_thread.items()
-            )
-        )
+        answers = await asyncio.gather(*(one(host, thread_id, ids) for thread_id, ids in by_thread.items()))
+        if failures and not any(answers):
+            raise failures[0]
         return [row for rows in answers for row in rows]
 
     rows = with_host(work)
@@ -115,6 +123,9 @@ def kill(
         done = f"{signal_name(row['signal'])} sent to {count} process{'' if count == 1 else 'es'} of its tree"
         lines.append(f"{row['thread']}/{row['process_id']}: {done if count else 'has ended, nothing to signal'}")
     show(rows, as_json, "\n".join(lines))
+    for failure in failures:
+        message(str(failure))
+    return 1 if failures else 0
 
 
 @command()

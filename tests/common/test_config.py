@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,5 +50,19 @@ def test_a_file_that_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(BadRequest, match="utf-8"):
         load(path)
-    with pytest.raises(BadRequest, match="Is a directory"):
+    with pytest.raises(BadRequest, match="it is no file"):
         load(tmp_path)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(BadRequest, match="it is no file"):
+            load(path)
+
+
+@pytest.mark.parametrize("text", ["ended_keep_hours = inf", "ended_keep_hours = 1e300", "idle_sleep_s = nan"])
+def test_a_time_has_an_end(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(BadRequest, match=text.split()[0]):
+        load(tmp_path / "config.toml")

@@ -605,6 +605,14 @@ def test_doctor_starts_no_broker_and_names_what_is_broken(cli_home: Home) -> Non
 # Acting.
 
 
+def test_kill_tells_what_it_did_though_another_thread_is_not_known(shared_home: Home) -> None:
+    process_id = shared_home.exec("sleep", "1000")["process_id"]
+    done = shared_home.run("kill", "--json", process_id, "nosuch/1")
+    assert [row["process_id"] for row in json.loads(done.stdout)] == [process_id]
+    assert (done.returncode, b"thread nosuch is not known" in done.stderr) == (1, True)
+    assert shared_home.run("kill", "nosuch/1", "neither/1").returncode == 1
+
+
 def test_kill_signals_and_escalates_only_when_asked(shared_home: Home) -> None:
     script = "trap '' TERM; echo ready; while :; do sleep 1; done"
     process_id = shared_home.exec("sh", "-c", script)["process_id"]
