@@ -365,12 +365,12 @@ class Operations:
         for entry in entries:
             while entry.state is State.STARTING:
                 await entry.changed()
-        live = [(entry, entry.transcript) for entry in entries if entry.state not in (State.ENDED, State.GONE)]
         roots: dict[str, tree.Root] = {}
         signalled: dict[str, int] = {}
-        for entry, transcript in live:
-            assert transcript is not None
-            process_id = entry.key[1]
+        for entry in entries:
+            process_id, transcript = entry.key[1], entry.transcript
+            if transcript is None or entry.state in (State.ENDED, State.GONE):
+                continue
             if call.signal in _ENDING:
                 transcript.record_by("caller")
             if not call.foreground:
