@@ -233,18 +233,25 @@ async def test_folders_and_rules_that_are_too_much_for_one_answer_are_cut_too(
 async def test_a_worker_is_replaced_though_as_many_are_connected_as_may_be(home: Home, host: outlive.Host) -> None:
     thread = await host.thread("a")
     process_id = (await thread.exec_command(["sleep", "1000"], yield_time_ms=250)).process_id
-    idle = []
-    try:
-        for _ in range(PEERS_MAX):
+    idle: list[channel.Channel] = []
+
+    async def crowd(count: int) -> None:
+        for _ in range(count):
             try:
                 idle.append(channel.connect(home.paths.channel))
+                with suppress(BrokenPipeError, ConnectionResetError):  # it was refused
+                    idle[-1].send("hello", role="client", pid=os.getpid())
             except BlockingIOError:  # it has to accept some first
                 await asyncio.sleep(0.001)
+
+    try:
+        await crowd(2 * PEERS_MAX)
         with pytest.raises(outlive.Unavailable, match="1000 peers are connected"):
             async with outlive.connect(home.paths) as late:
                 await late.status()
         (worker,) = home.pids("worker")
         os.kill(worker, signal.SIGKILL)
+        await crowd(10)  # its place is taken before the next one has started
         reply = await thread.write_stdin(process_id, yield_time_ms=5000)
         assert reply.session_id == int(process_id)
         assert home.pids("worker") != [worker]
