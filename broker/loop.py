@@ -397,8 +397,8 @@ class Broker:
                 return
             try:
                 pid = channel.check_user(connection)
-                full = len(self._peers) + len(self._unknown) >= PEERS_MAX
-                full = full or self.descriptors_left() <= -PEERS_RESERVE
+                many = len(self._peers) + len(self._unknown)
+                full = many >= PEERS_MAX or self.descriptors_left() <= -PEERS_RESERVE
                 # Whoever is connected waits for a worker.
                 if full and not any(pid == worker for worker, *_ in self._workers.values()):
                     raise PeerError(f"{PEERS_MAX} peers are connected, or no descriptors are left")

@@ -81,12 +81,11 @@ class Programs:
         if program.function:
             self._main(program)
             return
-        command = os.fsdecode(os.path.join(program.workdir, program.argv[0]))
-        if b"/" not in program.argv[0]:
-            command = os.fsdecode(program.argv[0])
-        if not await asyncio.to_thread(shutil.which, command, path=os.fsdecode(program.path) or None):
+        name = program.argv[0]
+        command = os.path.join(program.workdir, name) if b"/" in name else name
+        if not await asyncio.to_thread(shutil.which, os.fsdecode(command), path=os.fsdecode(program.path) or None):
             raise BadRequest(
-                f"program {program.label}: {os.fsdecode(program.argv[0])} cannot be executed, or is not in PATH; "
+                f"program {program.label}: {os.fsdecode(name)} cannot be executed, or is not in PATH; "
                 "a function is named as FILE.py:FUNCTION or MODULE:FUNCTION"
             )
 
