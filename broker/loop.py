@@ -597,8 +597,8 @@ class Broker:
             self._answer(
                 peer.route, wire.success(request.id, self.threads.registered(peer, body.processes, body.starting))
             )
-        elif isinstance(body, messages.Collected):
-            # After the reply that went before it has been passed on: writing a file takes its time.
+        elif isinstance(body, messages.Ended | messages.Collected):
+            # After the reply that went before it has been passed on: these take their time.
             self._loop.call_soon(self.threads.noticed, peer, body)
         else:
             self.threads.noticed(peer, body)

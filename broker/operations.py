@@ -66,6 +66,10 @@ _KILLED_WITHIN = 5.0
 # Characters of all command lines, folders and rules in one list: with up to four bytes each, half of what an answer
 # can hold.
 _WORDS_MAX = 1 << 19
+# Requests that need not know what the workers of a former broker report.
+_AT_ONCE = messages.Status, messages.CreateThread, messages.Upgrade
+# Requests that start or wake a worker, which is then not put to bed.
+_USES_WORKER = messages.ExecCommand, WriteStdin, messages.Resume
 
 
 @cache
@@ -117,10 +121,10 @@ class Operations:
 
     async def carry_out(self, body: Body, deadline: float | None) -> Any:
         """Do what a client asks, and return the result."""
-        if not isinstance(body, messages.Status | messages.CreateThread | messages.Upgrade):
+        if not isinstance(body, _AT_ONCE):
             await self._threads.survivors_reported(getattr(body, "thread", None))
         work = self._by_type[type(body)]
-        if not isinstance(body, messages.ExecCommand | WriteStdin | messages.Resume):
+        if not isinstance(body, _USES_WORKER):
             return await work(body, deadline)
         thread = self._threads.create if isinstance(body, messages.ExecCommand) else self._threads.get
         with self._delivery.busy(thread(body.thread)):

@@ -482,6 +482,8 @@ class Processes(ABC):
             return
         if entry.state is State.ENDED and before is not State.ENDED:
             self.watches.ended(entry.key, entry.outcome)
+            if entry.told:  # the answer was quicker
+                self.on_read(entry.key)
         else:
             self.watches.look(entry.key)
 

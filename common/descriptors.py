@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from operator import attrgetter
 
 ROLES = (
     "transcript",
@@ -23,6 +24,7 @@ ROLES = (
     "inlet",
     "pidfd",
 )
+_numbers = attrgetter(*ROLES)
 
 
 class Handles:
@@ -38,14 +40,14 @@ class Handles:
     pidfd: int
 
     def __init__(self, descriptors: Mapping[str, int] | None = None) -> None:
-        for role in ROLES:
-            setattr(self, role, -1)
-        for role, fd in (descriptors or {}).items():
-            setattr(self, role, fd)
+        self.transcript = self.terminal = self.conduit_read = self.conduit_write = self.inlet = self.pidfd = -1
+        if descriptors:
+            for role, fd in descriptors.items():
+                setattr(self, role, fd)
 
     def held(self) -> dict[str, int]:
         """Return role → number of those that we have, in the order of `ROLES`: a loan, not a gift."""
-        return {role: fd for role in ROLES if (fd := getattr(self, role)) >= 0}
+        return {role: fd for role, fd in zip(ROLES, _numbers(self), strict=True) if fd >= 0}
 
     def adopt(self, other: Handles) -> None:
         """Take over what `other` has and we lack; what we both have is closed in `other`."""
@@ -64,7 +66,7 @@ class Handles:
 
     def close(self) -> None:
         """Close all of them; closing again does nothing."""
-        for role in ROLES:
+        for role in self.held():
             self.close_role(role)
 
     def __del__(self) -> None:

@@ -15,6 +15,7 @@ Not here
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -504,6 +505,7 @@ WORKER_BODIES: tuple[type[Body], ...] = (
 FROM_WORKER_BODIES: tuple[type[Body], ...] = (Register, Delta, Matched, Ended, Collected, Orphaned)
 
 
+@cache
 def op_of(body: type[Body]) -> str:
     """Return the name on the wire: `ExecCommand` → `exec_command`."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in body.__name__).lstrip("_")

@@ -75,6 +75,7 @@ _ASKED = struct.Struct("<8sQ")
 _HOLES = struct.Struct("<QQQQ")
 _OUTCOME = struct.Struct("<IiQI")
 _LIVE = struct.Struct("<II QIIII Q QQQQ 16x I4x IiQI4x 128s")
+_LIVE_SIZE, _BYS, _KINDS = _LIVE.size, len(BYS), len(KINDS)
 _MATCH = struct.Struct("<IIQ")
 _CONDUIT_AT, _PID_AT, _LEASE_AT, _TOLD_AT, _DELIVERED_AT, _HOLES_AT, _ASKED_AT = 24, 64, 72, 92, 96, 104, 136
 _BY_AT, _OUTCOME_AT, _REASON_AT, _MARKED_AT = 152, 160, 184, 312
@@ -166,22 +167,16 @@ class Facts(NamedTuple):
         return facts
 
     def _check(self) -> None:
-        limits = self.limits
-        for name, wanted in (("thread_id", str), ("process_id", str), ("call_id", str), ("mark", str)):
-            _demand(name, getattr(self, name), wanted)
-        _demand("boot_id", self.boot_id, str)
-        _demand("cwd", self.cwd, bytes)
-        _demand("tty", self.tty, bool)
+        for name, value, wanted in zip(self._fields, self, _FACTS, strict=True):
+            _demand(name, value, wanted)
         for word in self.argv:
             _demand("argv", word, bytes)
         for rule in self.wake_on:
             _demand("wake_on", rule, str)
-        for name in ("columns", "rows", "started_at_ns"):
-            _demand(name, getattr(self, name), int)
-        for name in ("head", "tail", "unread", "slack"):
-            _demand(name, getattr(limits, name), int)
-        if limits.slack < PAGE:
-            raise PeerError(f"transcript header: slack is {limits.slack}, less than a page")
+        for name, value in zip(Limits._fields, self.limits, strict=True):
+            _demand(name, value, int)
+        if self.limits.slack < PAGE:
+            raise PeerError(f"transcript header: slack is {self.limits.slack}, less than a page")
         try:
             check_thread(self.thread_id)
             check_process(self.process_id)
@@ -189,11 +184,13 @@ class Facts(NamedTuple):
             raise PeerError(f"transcript header: {error}") from None
 
 
+# The types of the static part, in its order.
+_FACTS = (str, str, str, str, tuple, bytes, bool, int, int, int, str, Limits, tuple)
+
+
 def _demand(name: str, value: Any, wanted: type) -> None:
-    sound = type(value) is wanted  # not isinstance: a bool is no number
-    if isinstance(value, int):
-        sound = sound and 0 <= value < 1 << 62
-    if not sound:
+    # Not isinstance: a bool is no number.
+    if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < 1 << 62):
         raise PeerError(f"transcript header: field {name!r} is {shown(value)}, not a sound {wanted.__name__}")
 
 
@@ -332,9 +329,9 @@ class Transcript:
 
     def live(self) -> Live:
         """Return the live part as it stands; values out of range are refused with `PeerError`."""
-        raw = os.pread(self.fd, _LIVE.size, _PID_AT)
+        raw = os.pread(self.fd, _LIVE_SIZE, _PID_AT)
         # A read may fall into the middle of a write, and half of two holes is none: believe what reads alike twice.
-        while (again := os.pread(self.fd, _LIVE.size, _PID_AT)) != raw:
+        while (again := os.pread(self.fd, _LIVE_SIZE, _PID_AT)) != raw:
             raw = again
         (
             pid,
@@ -356,7 +353,7 @@ class Transcript:
             ended,
             reason,
         ) = _LIVE.unpack(raw)
-        if by > len(BYS) or (ended and kind >= len(KINDS)) or a_to < a_from or b_to < b_from:
+        if by > _BYS or (ended and kind >= _KINDS) or a_to < a_from or b_to < b_from:
             raise PeerError("transcript header: its live part is damaged")
         ended_by = BYS[by - 1] if by else None
         outcome = None
@@ -371,7 +368,8 @@ class Transcript:
             Lease(lease_pid, lease_start, lease_epoch) if lease_valid else None,
             bool(told),
             delivered,
-            tuple(Gap(start, end) for start, end in ((a_from, a_to), (b_from, b_to)) if end > start),
+            # Most of what runs prints little and has none.
+            _gaps((a_from, a_to), (b_from, b_to)) if a_to or b_to else (),
             ended_by,
             outcome,
             ended_at,
@@ -523,6 +521,10 @@ def mark_started(fd: int, pid: int) -> None:
     os.pwrite(fd, _U64.pack(time.clock_gettime_ns(time.CLOCK_BOOTTIME)), _MARKED_AT)
     # One aligned word, which nobody sees by halves.
     os.pwrite(fd, _STARTED.pack(pid, 1), _PID_AT)
+
+
+def _gaps(*bounds: tuple[int, int]) -> tuple[Gap, ...]:
+    return tuple(Gap(start, end) for start, end in bounds if end > start)
 
 
 def _base_for(static_length: int) -> int:

@@ -32,6 +32,9 @@ BATCH_MAX = 64
 
 # Plain numbers: pyzmq's own are enumerations, and slow to combine.
 _NOBLOCK, _EVENTS, _POLLIN = int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK_MORE = _NOBLOCK | int(zmq.SNDMORE)
+# What `to_builtins` makes of lists and maps.
+_TABLES = (list, dict)
 
 T = TypeVar("T")
 
@@ -49,7 +52,7 @@ def encode(message: Request | Reply) -> bytes:
         raise BadRequest(f"{error.object!r:.80} is no text: it has a lone surrogate") from None
     if isinstance(message, Request):
         for name, value in message.body.items():
-            if isinstance(value, list | dict) and len(value) > ENTRIES_MAX:
+            if type(value) in _TABLES and len(value) > ENTRIES_MAX:
                 raise BadRequest(f"{message.op}: {name} has {len(value)} entries; at most {ENTRIES_MAX} are sent")
     if len(raw) > FRAME_MAX:
         raise BadRequest(f"message of {len(raw)} bytes; at most {FRAME_MAX} are sent")
@@ -148,7 +151,9 @@ class Port:
 
     def send(self, frames: list[bytes]) -> None:
         """Queue one message; raises `zmq.ZMQError` (EAGAIN: queue full, EHOSTUNREACH: peer gone)."""
-        self._socket.send_multipart(frames, _NOBLOCK)
+        for frame in frames[:-1]:
+            self._socket.send(frame, _NOBLOCK_MORE)
+        self._socket.send(frames[-1], _NOBLOCK)
         self._look_again()
 
     def close(self) -> None:

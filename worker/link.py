@@ -107,10 +107,13 @@ class Link:
         self._transmit(wire.request(body, token=self._token))
 
     def reply(self, reply: Reply, connection: int) -> None:
-        """Send a reply, if the broker that asked, on that `connection`, is still there to hear it."""
+        """Send a reply, if the broker that asked, on that `connection`, is still there to hear it.
+
+        It goes before what was said in this turn, and at once: somebody waits for it, and for nothing else.
+        """
         if connection == self.connection:
-            self._transmit(reply)
-            self._flush()  # what else is to be done in this turn, nobody waits for
+            self._outgoing.insert(0, wire.encode(reply))
+            self._flush()
 
     def hears(self, connection: int) -> bool:
         """Tell whether the broker of that connection is there, by the kernel: the loop may learn it later."""

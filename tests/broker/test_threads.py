@@ -684,6 +684,18 @@ async def test_a_collected_process_answers_from_the_journal_and_holds_no_descrip
     handles.close()
 
 
+async def test_an_end_that_the_agent_was_told_before_the_broker_heard_of_it_counts_as_read(stage: Stage) -> None:
+    await stage.wake()
+    handles = stage.attach("1000", "/bin/sh", "-c", "exit 5")
+    read: list[tuple[str, str]] = []
+    stage.manager.on_read = read.append
+    stage.entry("1000").told = True  # the answer was quicker than the word to us
+    stopped(handles)
+    stage.die()
+    await stage.ended("1000")
+    assert read == [("t", "1000")]
+
+
 async def test_what_a_former_worker_says_late_is_dropped(stage: Stage) -> None:
     former = await stage.wake()
     stopped(stage.attach("1000"))
