@@ -69,9 +69,14 @@ class Rulebook(Ledger[Key]):
         return list(self._lines)
 
     def add(self, key: Key, lines: list[Line], tell: Tell) -> None:
-        """Take note of what is added to a process; `tell` is called once it is written."""
+        """Take note of what is added to a process; `tell` is called once it is written.
+
+        A rule that is set again had come true, or cannot any more: the new line says from where it is looked for.
+        """
         if lines:
-            self._lines.setdefault(key, []).extend(lines)
+            again = {line.rule for line in lines}
+            former = [line for line in self._lines.get(key, ()) if line.rule not in again]
+            self._lines[key] = [*former, *lines]
         self._put(key, tell)
 
     def drop(self, key: Key) -> None:

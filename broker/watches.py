@@ -188,6 +188,8 @@ class Watches:
         if isinstance(rule, Output):
             armed.since = max(since, *(former.until for former in same), 0)
             armed.slot = self._free_slot(key, watch)
+        if heard is None:  # whoever sets a rule each time it came true does so for weeks
+            watch.armed = [one for one in watch.armed if not (one.came and one in same)]
         watch.armed.append(armed)
         self._schedule(key, watch, armed)
         self._reset()

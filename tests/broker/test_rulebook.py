@@ -91,6 +91,14 @@ async def test_what_was_added_is_in_the_file_when_its_setter_is_told_and_read_by
     assert brokers.start().rulebook.of(KEY) == LINES
 
 
+async def test_a_rule_that_is_set_again_replaces_what_it_said_before(brokers: Brokers) -> None:
+    journal = await begun(brokers)
+    again = Line(1002, 78, LINES[0].rule, slot=3, since=40, set_at=7_000_000_000)
+    journal.rulebook.add(KEY, [again], lambda: None)
+    journal.flush()
+    assert brokers.start().rulebook.of(KEY) == [LINES[1], again]
+
+
 async def test_it_goes_with_its_process(brokers: Brokers) -> None:
     journal = await begun(brokers)
     journal.rulebook.drop(KEY)

@@ -253,6 +253,19 @@ def test_a_rule_that_is_open_is_not_set_twice_and_one_that_came_true_is_set_anew
     assert scene.watches.to_look_for(KEY) == []
 
 
+def test_a_rule_that_is_set_again_each_time_it_came_true_takes_the_place_of_the_former(scene: Scene) -> None:
+    transcript = scene.transcript()
+    os.write(transcript.fd, b"x" * 100)
+    numbers = []
+    for generation in range(100):
+        armed = add(scene, transcript, Output("x"), generation)
+        numbers.append(armed.number)
+        find(scene, transcript, armed, generation, generation + 1)
+    assert scene.watches._watches[KEY].armed == [armed]
+    assert [match.offset for *_, match in scene.told] == list(range(100))
+    assert len(set(numbers)) == 100  # what the header says of a former one is not taken for the next
+
+
 def test_the_slots_of_rules_that_came_true_are_used_again_those_of_the_first_rules_never(scene: Scene) -> None:
     transcript = scene.transcript("output=1", "exit", "output=2")
     os.write(transcript.fd, b"x" * 100)

@@ -38,9 +38,10 @@ PYTHON = [sys.executable, "-I", "-S", "-c"]
 HELD = 'read go <"$0"; eval "$1"'
 
 # Numbered lines until SIGUSR1, then their number into the file, and exit code 7.  Their width is fixed, so that the
-# byte at any offset of the output is known.
+# byte at any offset of the output is known.  They come in bursts that fill terminal and conduit; between two, others
+# get the processor.
 FLOOD = """
-import os, signal, sys
+import os, signal, sys, time
 if os.isatty(0):
     import termios
     mode = termios.tcgetattr(0)
@@ -50,10 +51,11 @@ stop = []
 signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
 lines = 0
 while not stop:
-    view = memoryview(b"".join(b"%013d\\n" % line for line in range(lines, lines + 256)))
-    lines += 256
+    view = memoryview(b"".join(b"%013d\\n" % line for line in range(lines, lines + 2000)))
+    lines += 2000
     while view:
         view = view[os.write(1, view):]
+    time.sleep(0.005)
 with open(sys.argv[1], "w") as file:
     file.write(str(lines))
 sys.exit(7)
