@@ -16,6 +16,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Here and nowhere else; to look it up among what is installed would cost each start more than a tenth.
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .common.client import Host, Thread, connect
     from .common.errors import (

@@ -18,13 +18,12 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib import metadata
 from itertools import islice
 from typing import Any
 
 import msgspec
 
+from .. import __version__
 from ..common import kernel, messages, tree
 from ..common.descriptors import ROLES
 from ..common.errors import (
@@ -72,12 +71,6 @@ _AT_ONCE = messages.Status, messages.CreateThread, messages.Upgrade
 _USES_WORKER = messages.ExecCommand, WriteStdin, messages.Resume
 
 
-@cache
-def _version() -> str:
-    """Return the version of the program that runs: the files may be another one's after an upgrade."""
-    return metadata.version("outlive")
-
-
 class Operations:
     """All client requests, by their type."""
 
@@ -90,7 +83,6 @@ class Operations:
         self._mode = mode
         self._stop = stop
         self._started = time.time_ns()
-        self._version = _version()
         watching = Watching(world, threads)
         self._by_type: dict[type[Body], Callable[[Any, float | None], Awaitable[Any]]] = {
             messages.ExecCommand: self.exec_command,
@@ -323,7 +315,7 @@ class Operations:
         states = [entry.state for entry in self._threads.entries()]
         phases = [thread.life.phase for thread in self._threads.threads.values()]
         return {
-            "version": self._version,
+            "version": __version__,
             "protocol": messages.VERSION,
             "broker_pid": os.getpid(),
             "keeper_pid": self._world.keeper_pid,

@@ -23,6 +23,7 @@ import sys
 
 import click
 
+from .. import __version__
 from . import orders, tools, views, waiting
 from .doors import commands as doors
 from .frame import FAILED, INTERRUPTED, NO_START, READER_GONE, USAGE, Commands
@@ -34,7 +35,7 @@ from .rendering import ReaderGone, message, write_json, write_line
     params=[NO_START],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="outlive", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Run processes that outlive the agent, worker or terminal that started them.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib import metadata
 
+from ... import __version__
 from ...common import config, messages
 from ...common.config import Config
 from ...common.errors import OutliveError
@@ -38,7 +38,7 @@ def examine(paths: Paths) -> Iterator[Finding]:
     yield from session.examine(session.probe(paths, broker or None))
 
     answer = runtime.ask(paths, broker, doors[0], there, ended=lost_here)
-    yield from runtime.check_broker(answer, metadata.version("outlive"), messages.VERSION, paths.log)
+    yield from runtime.check_broker(answer, __version__, messages.VERSION, paths.log)
     for lock in locks:
         yield runtime.check_lock(lock)
     for door in doors:

@@ -17,7 +17,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib import metadata
 from typing import Any
 
 import anyio
@@ -29,6 +28,7 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
 from pydantic import ValidationError
 
+from ... import __version__
 from ...common.client import Thread
 from ...common.errors import OutliveError
 from ..screen import Screens
@@ -67,7 +67,7 @@ class Bridge:
         self._screens = Screens()
         self.server: Server[Any] = Server(
             "outlive",
-            version=metadata.version("outlive"),
+            version=__version__,
             title="outlive",
             description="Shell sessions that outlive their agents",
             instructions=INSTRUCTIONS,

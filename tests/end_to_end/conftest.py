@@ -38,8 +38,8 @@ PYTHON = [sys.executable, "-I", "-S", "-c"]
 HELD = 'read go <"$0"; eval "$1"'
 
 # Numbered lines until SIGUSR1, then their number into the file, and exit code 7.  Their width is fixed, so that the
-# byte at any offset of the output is known.  They come in bursts that fill terminal and conduit; between two, others
-# get the processor.
+# byte at any offset of the output is known.  They come in bursts that fill terminal and conduit; between two,
+# others get the processor.
 FLOOD = """
 import os, signal, sys, time
 if os.isatty(0):
