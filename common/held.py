@@ -24,7 +24,7 @@ from .outcome import Outcome
 from .pump import Pump, Pumps
 from .response import Response, chunk_id, clip, output, tokens, typed_less, whole_characters
 from .scanner import Scanner
-from .transcript import Gap, Lease, Transcript
+from .transcript import Facts, Gap, Lease, Transcript
 from .typist import CANONICAL_MAX, Typist
 
 # Seconds to wait for more output after the end while somebody else keeps the terminal open.  What the process
@@ -73,15 +73,18 @@ class Held:
         pumps: Pumps,
         pump: type[Pump],
         *,
+        facts: Facts | None = None,
         on_ended: Callable[[Held], None],
         on_output: Callable[[Held], None] | None = None,
         on_found: Callable[[Held], None] | None = None,
     ) -> None:
         """Take over `handles`; raises `PeerError` when the transcript is none of ours (handles stay yours).
 
+        `facts`: of one that we have started ourselves; its header is not read again.
         `on_found`: something that a rule is about was found in the output, and is in the header.
         """
-        self.transcript = Transcript(handles.transcript)
+        fd = handles.transcript
+        self.transcript = Transcript.known(fd, facts) if facts else Transcript(fd)
         self.handles = handles
         self.pump = pump(handles, self.transcript)
         self.typist = Typist(self.pump, lambda: pumps.type(self)) if self.pump.inlet else None

@@ -312,7 +312,7 @@ class ProcessManager:
             self._make_room(warnings)
             handles = await self._nursery.start(order)
             try:
-                managed = self._adopt(self._hold(handles), 0, 0 if self._deltas else None)
+                managed = self._adopt(self._hold(handles, order.facts), 0, 0 if self._deltas else None)
             except BaseException:
                 handles.close()
                 raise
@@ -393,11 +393,12 @@ class ProcessManager:
             raise UnknownProcess(f"process {process_id} is not known in thread {self.thread_id}; see `outlive ps`")
         return managed
 
-    def _hold(self, handles: Handles) -> Held:
+    def _hold(self, handles: Handles, facts: Facts | None = None) -> Held:
         return Held(
             handles,
             self._pumps,
             self._pump,
+            facts=facts,
             on_ended=self._ended,
             on_output=self._output,
             on_found=lambda held: self._send(Matched(process_id=held.process_id)),
