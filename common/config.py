@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from .errors import BadRequest
+from .errors import BadRequest, shown
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +52,19 @@ def load(path: Path) -> Config:
     import tomllib  # only for those who have a file
 
     try:
-        return msgspec.convert(tomllib.loads(text), Config, strict=True)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadRequest(f"configuration {path}: {error}") from None
+    try:
+        return msgspec.convert(table, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"configuration {path}: {_complaint(str(error), table)}") from None
+
+
+def _complaint(error: str, table: dict[str, Any]) -> str:
+    """Return what msgspec says about a field with its value, or which fields there are."""
+    wanted, _, place = error.partition(" - at `$.")
+    name = place.rstrip("`")
+    if name in table:
+        return f"{name} is {shown(table[name])}; {wanted[:1].lower()}{wanted[1:]}"
+    return f"{error}; there are {', '.join(Config.__struct_fields__)}"

@@ -98,6 +98,10 @@ class Paths:
 
         A state folder that cannot be made keeps nobody from working: the journal says what that costs.
         """
+        for folder in (self.run, self.state):
+            if not is_utf8(folder):  # ZeroMQ and SQLite know no other names
+                name = os.fsencode(folder)
+                raise BadRequest(f"folder {name!r}: its name is not UTF-8; set OUTLIVE_HOME to one whose name is")
         for folder in (self.run, self.workers):
             private_folder(folder)
         with suppress(OSError):
@@ -116,6 +120,11 @@ class Paths:
             return os.open(self.log, flags, 0o600)
         except OSError:
             return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def is_utf8(path: Path) -> bool:
+    """Tell whether a path is text."""
+    return os.fsencode(path) == str(path).encode("utf-8", "replace")
 
 
 def private_folder(folder: Path) -> None:

@@ -16,13 +16,15 @@ from pathlib import Path
 
 from ...common import config
 from ...common.errors import OutliveError
-from ...common.paths import Paths
+from ...common.paths import Paths, is_utf8
 from .finding import Finding
 
 # Bytes and files that should be free for journal, log and sockets.
 _FREE_LOW = 16 << 20
 _FREE_NONE = 1 << 20
 _FILES_LOW = 100
+# File systems that the kernel makes up: whatever their modes say, no folder is made there.
+_MADE_UP = ("proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs", "bpf")
 # File systems of other machines, on which neither locks nor SQLite's WAL can be trusted.
 _REMOTE = ("nfs", "cifs", "smb", "afs", "ceph", "9p", "glusterfs", "lustre", "fuse.sshfs")
 # Bytes that a socket's path may have.
@@ -62,6 +64,8 @@ class Facts:
 def check_folder(check: str, facts: Facts) -> Finding:
     """Say whether a folder will do; the worst that is wrong with it is what is told."""
     path, shown = facts.path, f"{facts.path} (mode {facts.mode:04o})"
+    if not is_utf8(path):
+        return Finding(check, "error", repr(os.fsencode(path)), "its name is not UTF-8", "set OUTLIVE_HOME")
     if facts.trouble:
         return Finding(check, "error", str(path), f"cannot be looked at: {facts.trouble}", _ADVICE)
     if facts.links:
@@ -177,6 +181,7 @@ def look(path: Path, mounts: dict[str, str]) -> Facts:
     except (FileNotFoundError, NotADirectoryError):
         parent = next((above for above in path.parents if above.exists()), Path("/"))
         makeable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and not path.is_symlink()
+        makeable = makeable and kind_of(parent, mounts) not in _MADE_UP
         return Facts(path, exists=False, parent=(parent, makeable), user=user, links=links)
     except OSError as error:
         return Facts(path, trouble=error.strerror or str(error), user=user)

@@ -151,6 +151,13 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    paths = Paths.from_environment({"OUTLIVE_HOME": os.fsdecode(os.fsencode(tmp_path) + b"/\xff")})
+    with pytest.raises(BadRequest, match=r"folder b'.*/\\xff/run': its name is not UTF-8; set OUTLIVE_HOME"):
+        paths.prepare()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_place_that_cannot_be_written_is_refused_with_a_hint() -> None:
     def act() -> None:
         os.setgid(65534)

@@ -38,6 +38,7 @@ def test_a_folder_of_ours_alone_will_do() -> None:
         ({"exists": False, "parent": (Path("/home"), False)}, "error", "cannot be made"),
         ({"exists": False, "parent": (Path("/home/me"), True)}, "ok", "does not exist yet"),
         ({"free": None, "free_files": None}, "ok", "yours"),
+        ({"path": Path(os.fsdecode(b"/home/\xff"))}, "error", "not UTF-8"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_told(wrong: dict[str, object], severity: str, word: str) -> None:
@@ -96,6 +97,8 @@ def test_real_folders_are_looked_at_as_they_are(tmp_path: Path) -> None:
     missing = look(tmp_path / "a" / "b", {})
     assert (missing.exists, missing.parent) == (False, (tmp_path, True))
     assert not (tmp_path / "a").exists()
+    made_up = look(tmp_path / "a", {str(tmp_path): "proc"})
+    assert "cannot be made" in check_folder("f", made_up).meaning
     (tmp_path / "file").write_text("")
     assert check_folder("f", look(tmp_path / "file", {})).severity == "error"
     assert check_folder("f", look(tmp_path / "file" / "under", {})).severity == "error"
