@@ -170,4 +170,5 @@ def thread_table(rows: Sequence[ThreadRow]) -> None:
             for row in rows
         ],
         numbers=_THREAD_COLUMNS[2:-1],
+        spare=("EPOCH", "WORKER"),
     )

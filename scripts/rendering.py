@@ -19,6 +19,9 @@ from typing import Any
 _STDOUT = 1
 # Characters of a message: what was typed wrongly may be huge.
 _MESSAGE_MAX = 1000
+# Between two columns of a table; and characters of the last one that are worth more than what can be spared.
+_BETWEEN = "  "
+_LAST_WIDTH = 40
 
 
 class ReaderGone(Exception):
@@ -74,21 +77,46 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
-    """Write rows under their headings; `numbers` names the columns that are set to the right."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    numbers: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> None:
+    """Write rows under their headings; `numbers` names the columns that are set to the right.
+
+    `spare`: what a terminal goes without, in this order, as long as the last column finds too little room on it.
+    """
     cells = [[printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
-    widths = [max(len(line[at]) for line in [columns, *cells]) for at in range(len(columns))]
-    lines = []
-    for line in [columns, *cells]:
-        padded = [
-            cell.rjust(width) if name in numbers else cell.ljust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    if sys.stdout is not None and os.isatty(_STDOUT):
-        _draw(lines)
-    else:
-        write_line("\n".join(lines))
+    filled = [[name, *column] for name, *column in zip(columns, *cells, strict=True)]
+    if sys.stdout is None or not os.isatty(_STDOUT):
+        write_line("\n".join(_lines(filled, numbers)))
+        return
+    import shutil
+
+    width = shutil.get_terminal_size().columns
+    for name in spare:
+        if _width_before_last(filled) + min(_LAST_WIDTH, *_widths(filled[-1:])) <= width:
+            break
+        filled = [column for column in filled if column[0] != name]
+    _draw(_lines(filled, numbers))
+
+
+def _widths(filled: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in filled]
+
+
+def _width_before_last(filled: Sequence[Sequence[str]]) -> int:
+    return sum(width + len(_BETWEEN) for width in _widths(filled[:-1]))
+
+
+def _lines(filled: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
+    padded = [
+        [cell.rjust(width) if column[0] in numbers else cell.ljust(width) for cell in column]
+        for column, width in zip(filled, _widths(filled), strict=True)
+    ]
+    return [_BETWEEN.join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def _draw(lines: Sequence[str]) -> None:

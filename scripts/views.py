@@ -108,6 +108,7 @@ def ps(thread: str | None, ended: bool, as_json: bool) -> None:
             for row in rows
         ],
         numbers=("PID", "BYTES"),
+        spare=("STARTED", "TTY", "BYTES", "PID", "OUTCOME"),
     )
 
 
@@ -181,6 +182,7 @@ def wakes(thread: str | None, everything: bool, retry: int | None, drop: int | N
             for row in rows
         ],
         numbers=("NUMBER", "FAILED"),
+        spare=("SINCE",),
     )
 
 

@@ -379,20 +379,26 @@ def test_tables_in_a_pipe_are_plain_and_whole(cli_home: Home) -> None:
     assert [line.split()[0] for line in threads] == ["THREAD", "default"]
 
 
-def test_a_table_on_a_terminal_fits_into_it(cli_home: Home) -> None:
+def test_a_table_on_a_terminal_fits_into_it_and_what_is_last_finds_room(cli_home: Home) -> None:
     cli_home.exec("sh", "-c", "sleep 100", "x" * 300)
-    ours, theirs = pty.openpty()
-    environment = {**cli_home.environment, "COLUMNS": "110", "TERM": "xterm"}
-    done = cli_home.run("ps", stdout=theirs, env=environment)
-    os.close(theirs)
-    shown = os.read(ours, 100_000).decode()
-    os.close(ours)
-    assert done.returncode == 0
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]
-    assert len(lines) == 2
-    assert all(len(line) <= 110 for line in lines)
-    assert "default" in lines[1]
-    assert "attached" in lines[1]
+    for width, head in (
+        (130, "THREAD ID STATE PID TTY STARTED BYTES OUTCOME COMMAND"),
+        (90, "THREAD ID STATE PID BYTES OUTCOME COMMAND"),
+        (40, "THREAD ID STATE COMMAND"),
+    ):
+        ours, theirs = pty.openpty()
+        environment = {**cli_home.environment, "COLUMNS": str(width), "TERM": "xterm"}
+        done = cli_home.run("ps", stdout=theirs, env=environment)
+        os.close(theirs)
+        shown = os.read(ours, 100_000).decode()
+        os.close(ours)
+        assert done.returncode == 0
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in shown.splitlines()]
+        assert lines[0].split() == head.split()
+        assert len(lines[1]) <= width
+        assert "default" in lines[1]
+        assert "attached  " in lines[1]
+        assert "sh -c 's" in lines[1]
 
 
 def test_raw_logs_are_the_bytes_and_nothing_else(shared_home: Home) -> None:
