@@ -91,6 +91,13 @@ _DELETE_OUTPUT = "DELETE FROM outputs WHERE number = (SELECT number FROM process
 _PUT_EPOCH = """
 INSERT INTO threads VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET epoch = max(epoch, excluded.epoch)
 """
+# What makes a thread unknown, each with its name.
+FORGET = (
+    "DELETE FROM outputs WHERE number IN (SELECT number FROM processes WHERE thread = ?)",
+    "DELETE FROM processes WHERE thread = ?",
+    outbox.FORGET,
+    "DELETE FROM threads WHERE name = ?",
+)
 _ROW = "id, call_id, pid, born_at, row, outcome"
 
 # Seconds that whoever else looks into the file may keep us from writing, and from opening it.

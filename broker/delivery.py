@@ -88,6 +88,7 @@ class Delivery:
         self._closed = False
         threads.on_match = self.came_true
         threads.on_read = self.read
+        threads.on_forget = self.forget
         threads.watches.fired = lambda key, rule, generation: self._outbox.knows((*key, generation, str(rule)))
         threads.journal.listen(self._lost)
 
@@ -118,6 +119,18 @@ class Delivery:
         if box is None:
             box = self._boxes[thread_id] = Box(self._threads.create(thread_id))
         return box
+
+    def forget(self, thread: Thread) -> bool:
+        """A thread is about to be forgotten: have nothing to do with it any more; `False` if we still have."""
+        box = self._boxes.get(thread.thread_id)
+        if box is None:
+            return True
+        if box.course.phase is not Phase.UNMANNED or box.calls or box.work or box.to_bed or box.starting.locked():
+            return False
+        if box.idle:
+            box.idle.cancel()
+        del self._boxes[thread.thread_id]
+        return True
 
     # What came true.
 

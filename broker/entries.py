@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import suppress
 
 from ..common import kernel
@@ -190,6 +191,16 @@ class Thread(Changing):
         self.taking_back: asyncio.Task[None] | None = None
         # Whether its worker survived a former broker and has not reported yet: its processes are not known before.
         self.expected = False
+        # When somebody last asked for it, on the monotonic clock.
+        self.asked_for = time.monotonic()
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing of it runs, is held, or is under way."""
+        at_rest = self.life.phase in (Phase.ASLEEP, Phase.FAILED)
+        under_way = self.expected or self.unfinished or self.former or self.handoff.locked()
+        taking_back = self.taking_back and not self.taking_back.done()
+        return at_rest and not (self.entries or self.worker or under_way or taking_back)
 
     def entry_of_call(self, call_id: str) -> Entry | None:
         """Return the process that this call started, if it is still held."""

@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from ..common.errors import ExpiredProcess, Unavailable, UnknownProcess
 from ..common.transcript import Transcript
-from .database import ROWS_AT_ONCE, Change, Database, Unusable
+from .database import FORGET, ROWS_AT_ONCE, Change, Database, Unusable
 from .outbox import Outbox
 from .records import Key, Limits, Record, Shelf
 from .rulebook import Rulebook
@@ -201,6 +202,33 @@ class Journal:
         """Let go of what is too old or too much."""
         for thread_id, process_id in self._shelf.expire(time.time()):
             self.thread(thread_id).expired(process_id)
+
+    def empty(self, thread_ids: Iterable[str]) -> Iterator[str]:
+        """Yield those threads of which no process is alive or kept, no program and no wake."""
+        self.expire()
+        full = {key[0] for key in chain(self._living, self._changes)}
+        for thread_id in thread_ids:
+            if thread_id not in full and not self._shelf.ids(thread_id) and self.outbox.is_empty(thread_id):
+                yield thread_id
+
+    def forget(self, thread_ids: Sequence[str]) -> bool:
+        """Make empty threads unknown, with the ids they have used; waits for the disk.
+
+        `False`: that cannot be written.
+        """
+        self.flush()
+        statements = [(statement, (thread_id,)) for thread_id in thread_ids for statement in FORGET]
+        try:
+            _, reason = self._writer.submit(self._database.commit, {}, [], statements).result()
+        except Unusable as error:
+            self._begin_anew(error)
+            return False
+        if reason:
+            return False
+        for thread_id in thread_ids:
+            del self._threads[thread_id]
+            self._shelf.forget(thread_id)
+        return True
 
     def kept(self, thread_id: str) -> Collection[str]:
         """Return the ids of a thread's ended processes that answer, oldest first."""

@@ -61,6 +61,9 @@ SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) AND number > ? ORD
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
 _BY_RULE = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND rule = ?"
+_SINCE = "SELECT number FROM wakes WHERE thread = ? AND at > ? LIMIT 1"
+# But for the last one, whose number must not come again.
+FORGET = "DELETE FROM wakes WHERE thread = ? AND number < (SELECT max(number) FROM wakes)"
 # The second clause only where the file could not be read when we looked.
 _PUT = f"""
 INSERT INTO wakes ({_COLUMNS}) VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, CAST(? AS TEXT))
@@ -194,6 +197,12 @@ class Outbox(Ledger[str | int]):
     def of(self, thread_id: str) -> list[Letter]:
         """Return a thread's wakes that are not over, in their order."""
         return sorted(self._threads.get(thread_id, {}).values(), key=lambda wake: wake.number)
+
+    def is_empty(self, thread_id: str) -> bool:
+        """Tell whether a thread has no program, and all its wakes are over and have expired."""
+        if thread_id in self.programs or thread_id in self._threads:
+            return False
+        return not self._read(_SINCE, (thread_id, time.time() - self._keep_seconds))
 
     def changed(self, wake: Letter, tell: Tell | None = None) -> None:
         """Write a wake as it is now."""

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import msgspec
@@ -49,8 +50,12 @@ from .peers import Peer
 from .records import Key, Limits, Record
 from .watches import Armed, Match, Watches
 
-# Threads at most: each has a worker when awake.
+# Threads at most: each has a worker when awake.  Then those are forgotten, so many at once, of which nothing is
+# left and that nobody has asked for in so many seconds: a call that is repeated must not start anything again, and
+# is so for minutes.
 THREADS_MAX = 10_000
+FORGET_AFTER = 3600.0
+FORGET_AT_ONCE = 100
 # Ends of adopted processes that are remembered until their descriptors are found.
 ORPHANS_MAX = 4096
 # Seconds that a keeper may take to tell how a process ended that it has adopted; it takes milliseconds.
@@ -129,6 +134,8 @@ class Processes(ABC):
         # What `delivery` hears: a rule came true; the agent was told of an end.
         self.on_match: Callable[[Key, Rule, Match], None] = lambda key, rule, match: None
         self.on_read: Callable[[Key], None] = lambda key: None
+        # It lets go of a thread that is to be forgotten, or says that it cannot.
+        self.on_forget: Callable[[Thread], bool] = lambda thread: True
         self.watches = Watches(self.came_true, set_alarm=self._alarm.set, listening=listening)
         # How processes that a keeper adopted ended: pid → (start time, wait status), the latest first.
         self._orphans: dict[int, list[tuple[int, int]]] = {}
@@ -153,15 +160,35 @@ class Processes(ABC):
     def create(self, thread_id: str) -> Thread:
         """Return a thread, made known if it is new."""
         if thread := self.threads.get(thread_id):
+            thread.asked_for = time.monotonic()
             return thread
         check_thread(thread_id)
-        if len(self.threads) >= THREADS_MAX:
+        if len(self.threads) >= THREADS_MAX and not self._forget_some():
             raise LimitReached(
-                f"{THREADS_MAX} threads exist; use one of them, or end the broker and move its journal "
-                f"{self._paths.journal} away"
+                f"{THREADS_MAX} threads exist; use one of them, or wait: one of which nothing is left, no process, "
+                f"record, program or wake, is forgotten {FORGET_AFTER / 3600:.0f} h after its last use"
             )
         thread = self.threads[thread_id] = Thread(thread_id, self.journal.thread(thread_id))
         return thread
+
+    def _forget_some(self) -> bool:
+        """Forget threads of which nothing is left, and that were longest not asked for; tell whether any was."""
+        before = time.monotonic() - FORGET_AFTER
+        quiet = [thread for thread in self.threads.values() if thread.asked_for < before and thread.is_quiet]
+        quiet.sort(key=lambda thread: thread.asked_for)
+        over = (
+            thread_id
+            for thread_id in self.journal.empty(thread.thread_id for thread in quiet)
+            if self._world.epoch_is_over(thread_id, self.threads[thread_id].epoch)
+            and self.on_forget(self.threads[thread_id])
+        )
+        gone = [*islice(over, FORGET_AT_ONCE)]
+        if not gone or not self.journal.forget(gone):
+            return False
+        for thread_id in gone:
+            del self.threads[thread_id]
+        self._world.log(f"{len(gone)} threads of which nothing was left are forgotten, {gone[0]} and others")
+        return True
 
     def get(self, thread_id: str) -> Thread:
         """Return a known thread; raises `UnknownThread`."""
@@ -169,6 +196,7 @@ class Processes(ABC):
         thread = self.threads.get(thread_id)
         if thread is None:
             raise UnknownThread(f"thread {thread_id} is not known; `outlive exec -t {thread_id} …` creates it")
+        thread.asked_for = time.monotonic()
         return thread
 
     def entries(self) -> Iterator[Entry]:

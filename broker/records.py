@@ -151,6 +151,11 @@ class Shelf:
             del self._threads[key[0]][key[1]]
             self.size -= found[1]
 
+    def forget(self, thread_id: str) -> None:
+        """Nothing is kept of this thread, and nothing will be."""
+        self._threads.pop(thread_id, None)
+        self._grown.discard(thread_id)
+
     def expire(self, now: float) -> list[Key]:
         """Let go, and return, what is too old or too much at `now` (seconds)."""
         gone = []

@@ -109,6 +109,22 @@ async def test_the_same_end_found_again_is_no_second_wake_in_this_broker_or_the_
     assert brokers.start().outbox.new(key(), EXITED, lambda wake: None) is None
 
 
+async def test_a_thread_is_empty_once_its_wakes_are_over_and_have_expired_and_their_numbers_do_not_come_again(
+    brokers: Brokers,
+) -> None:
+    journal = brokers.start()
+    for wake in await written(journal, key(), key("1001")):
+        become(journal, wake, *DONE)
+    journal.flush()
+    assert not journal.outbox.is_empty("t")
+    brokers.sql("UPDATE wakes SET at = at - 7200")
+    assert journal.outbox.is_empty("t")
+    assert [*journal.empty(["t"])] == ["t"]
+    journal.thread("t")
+    assert journal.forget(["t"])
+    assert brokers.sql("SELECT number FROM wakes") == [(2,)]
+
+
 async def test_another_rule_process_or_setting_is_another_wake(brokers: Brokers) -> None:
     journal = brokers.start()
     wakes = await written(journal, key(), key("1001"), key(rule="output=x"), key(generation=1))

@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,15 +22,17 @@ from outlive.broker.custody import Holder, State
 from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
 from outlive.broker.peers import Peer
+from outlive.broker.records import Record
 from outlive.broker.threads import ThreadManager
 from outlive.common import channel, kernel, wire
 from outlive.common.channel import open_parcel
 from outlive.common.config import Config
 from outlive.common.descriptors import Handles
-from outlive.common.errors import BadRequest, PeerError, Unavailable, UnknownThread
+from outlive.common.errors import BadRequest, LimitReached, PeerError, Unavailable, UnknownThread
 from outlive.common.messages import Collected, Ended, Orphaned, Request
 from outlive.common.outcome import Outcome
 from outlive.common.paths import Paths
+from outlive.common.program import Program
 from outlive.common.pump import Pump, Pumps
 from outlive.common.transcript import Gap, Lease, Transcript, mark_started
 
@@ -785,3 +788,71 @@ async def test_a_name_that_no_thread_may_have_does_not_keep_the_broker_down(
     assert stage.manager.threads["kept"].epoch == 3
     assert any("../x" in line for line in stage.world.logged)
     stage.close()
+
+
+# Too many threads.
+
+
+@pytest.fixture
+def full(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A stage with as many threads as may be: t, and nine more of which nothing is left."""
+    monkeypatch.setattr(processes, "THREADS_MAX", 10)
+    for number in range(9):
+        stage.manager.create(f"old-{number}")
+    for thread in stage.manager.threads.values():
+        thread.asked_for -= 2 * processes.FORGET_AFTER
+    return stage
+
+
+async def test_a_thread_of_which_nothing_is_left_makes_room_and_is_unknown_also_to_the_next_broker(
+    full: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "FORGET_AT_ONCE", 2)
+    full.manager.threads["old-3"].asked_for -= 1
+    full.manager.journal.thread("old-3").never_ran("1000")
+    full.manager.journal.flush()
+    full.manager.create("new")
+    assert "new" in full.manager.threads
+    assert len(full.manager.threads) == 9
+    with pytest.raises(UnknownThread):
+        full.manager.get("old-3")
+    assert set(full.manager.journal.thread_ids) == set(full.manager.threads)
+    full.manager.journal.flush()
+    with closing(sqlite3.connect(full.manager.journal._database._path)) as file:
+        assert {name for (name,) in file.execute("SELECT name FROM threads")} == set(full.manager.threads)
+        assert file.execute("SELECT * FROM processes WHERE thread = 'old-3'").fetchall() == []
+
+
+async def test_what_anybody_may_still_want_of_a_thread_keeps_it(
+    full: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, now = full.manager, time.monotonic()
+    record = Record.lost({"thread": "old-0", "process_id": "1000", "call_id": "c"}, "rebooted")
+    manager.journal.thread("old-0")._keep("lost", record)
+    manager.journal.outbox.start("old-1", Program(function="a:b"))
+    manager.journal.outbox.new(("old-2", "1000", 0, "exit"), {}, lambda letter: None)
+    manager.journal.outbox._keep_seconds = 0.0
+    manager.journal.flush()
+    await full.wake()
+    stopped(full.attach("1000"))
+    full.world.living = {5}
+    manager.threads["old-3"].epoch = 5
+    manager.threads["old-4"].expected = True
+    manager.threads["old-5"].asked_for = now
+    monkeypatch.setattr(manager, "on_forget", lambda thread: thread.thread_id != "old-6")
+    manager.get("old-7")
+    await manager.threads["old-8"].handoff.acquire()
+    with pytest.raises(LimitReached, match="10 threads exist; use one of them, or wait"):
+        manager.create("new")
+    manager.threads["old-8"].handoff.release()
+    manager.create("new")
+    assert "old-8" not in manager.threads
+
+
+async def test_no_thread_is_forgotten_while_that_cannot_be_written(
+    full: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full.manager.journal._database, "commit", lambda *_: ([], "the disk is full"))
+    with pytest.raises(LimitReached):
+        full.manager.create("new")
+    assert len(full.manager.threads) == len(full.manager.journal.thread_ids) == 10
