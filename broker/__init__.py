@@ -20,9 +20,11 @@ Read in this order; a module imports only from those above it, and from `common`
     alarm        its clock, and who listens on which port.
     peers        who is connected: workers and clients, by channel, token and route.
     entries      what is known of one process and of one thread: records, and how they are shown.
-    processes    `Processes`: takes deposits and notices from workers, and does what custody decides.
-    workers      `Workers`, on top of that: does what lifecycle decides; who waits for a worker waits here.
-    threads      `ThreadManager`, on top of both: detach, reattach, clean, shut down.
+    world        what the modules from here on need of the loop.
+    holding      `Holding`: all threads and their processes; does what custody decides.
+    processes    `Processes`, on top of that: what becomes of deposits, notices and what a former broker left.
+    workers      `Workers`, on top of both: does what lifecycle decides; who waits for a worker waits here.
+    threads      `ThreadManager`, on top of all: detach, reattach, clean, shut down.
     inventory    what a resumed agent finds of its processes.
     delivery     what came true is written down, and then the thread's program is run.
     succession   one broker takes over from another that lives.
@@ -32,15 +34,15 @@ Read in this order; a module imports only from those above it, and from `common`
     __main__     limits, signals that are ignored, the lock that keeps a second broker out; serving again when a
                  successor does not come up.
 
-`Processes`, `Workers` and `ThreadManager` are one object in three layers: the loop and the operations have one
-`ThreadManager`, and what it needs of the loop is the protocol `processes.World`.
+`Holding`, `Processes`, `Workers` and `ThreadManager` are one object in four layers: the loop and the operations
+have one `ThreadManager`, and what it needs of the loop is the protocol `world.World`.
 
 One `exec_command`: `loop` checks the frame and its token; `operations` waits for a worker (`workers` starts it) and
 sends the request on; the worker's spawner deposits the descriptors on the worker's channel (`loop`, `processes`);
 the worker's reply comes back through `peers`.
 
 One death of a worker: `loop` learns of it by pidfd or SIGCHLD and reads the rest of its channel; `workers` gives
-its processes to the broker by way of `custody` (`processes` starts pumps in `detached`), and starts the next worker
+its processes to the broker by way of `custody` (`holding` starts pumps in `detached`), and starts the next worker
 by way of `lifecycle`; when that has registered, `threads` sends everything to it.  Calls that were under way fail
 with `WorkerGone` in `operations`, which asks the next worker.
 

@@ -2,7 +2,7 @@
 
 A worker deposits copies of a process's descriptors with the broker, so that the process can outlive the worker.
 For a moment both could drain the terminal, and either may die in that moment.  This module decides what the
-broker does next; `processes` does it.
+broker does next; `holding` does it.
 
 Always true
     At most one party pumps: the broker starts only after the worker said that it has stopped, or is proved
@@ -58,7 +58,7 @@ class Event(Enum):
 
 
 class Effect(Enum):
-    """What is to be done, in this order; `processes` does it."""
+    """What is to be done, in this order; `holding` does it."""
 
     STOP_PUMP = auto()
     START_PUMP = auto()

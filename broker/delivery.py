@@ -36,10 +36,10 @@ from .entries import Thread
 from .lifecycle import Phase as Life
 from .outbox import Letter
 from .peers import WorkerGone
-from .processes import World
 from .threads import ThreadManager
 from .wakes import COURSES, FATES, IMPOSSIBLE_FATES, Course, Effect, Event, Happening, Phase, State
 from .watches import Match
+from .world import World
 
 # Seconds that a program may take to be loaded.
 LOAD_DEADLINE = 60.0

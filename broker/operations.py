@@ -53,10 +53,10 @@ from .delivery import Delivery
 from .entries import Entry, Thread, brief
 from .lifecycle import Phase
 from .peers import WorkerGone
-from .processes import World
 from .records import Key, Record, rfc3339
 from .threads import ThreadManager
 from .watching import Watching
+from .world import World
 
 # Signals that are meant to end a process, so that its end is the caller's doing.
 _ENDING = {1, 2, 3, 6, 9, 15}

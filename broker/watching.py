@@ -25,11 +25,11 @@ from ..common.transcript import Gap
 from .custody import Holder, State
 from .entries import Entry
 from .peers import WorkerGone
-from .processes import World
 from .records import Record
 from .rulebook import Line
 from .threads import ThreadManager
 from .watches import Armed, Match
+from .world import World
 
 
 class Watching:

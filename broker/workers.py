@@ -24,7 +24,8 @@ from .custody import Event, Holder, State
 from .entries import Entry, Thread
 from .lifecycle import Effect, Life, Phase
 from .peers import Peer
-from .processes import Processes, World
+from .processes import Processes
+from .world import World
 
 # Seconds after its start that a broker waits for the workers that survived the former one.  They try again at least
 # every five (`Link`).

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from outlive.broker import lifecycle, processes
+from outlive.broker import holding, lifecycle, processes
 from outlive.broker.custody import Holder, State
 from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
@@ -796,18 +796,18 @@ async def test_a_name_that_no_thread_may_have_does_not_keep_the_broker_down(
 @pytest.fixture
 def full(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """A stage with as many threads as may be: t, and nine more of which nothing is left."""
-    monkeypatch.setattr(processes, "THREADS_MAX", 10)
+    monkeypatch.setattr(holding, "THREADS_MAX", 10)
     for number in range(9):
         stage.manager.create(f"old-{number}")
     for thread in stage.manager.threads.values():
-        thread.asked_for -= 2 * processes.FORGET_AFTER
+        thread.asked_for -= 2 * holding.FORGET_AFTER
     return stage
 
 
 async def test_a_thread_of_which_nothing_is_left_makes_room_and_is_unknown_also_to_the_next_broker(
     full: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "FORGET_AT_ONCE", 2)
+    monkeypatch.setattr(holding, "FORGET_AT_ONCE", 2)
     full.manager.threads["old-3"].asked_for -= 1
     full.manager.journal.thread("old-3").never_ran("1000")
     full.manager.journal.flush()
