@@ -125,7 +125,8 @@ class Delivery:
         box = self._boxes.get(thread.thread_id)
         if box is None:
             return True
-        if box.course.phase is not Phase.UNMANNED or box.calls or box.work or box.to_bed or box.starting.locked():
+        under_way = any(task and not task.done() for task in (box.work, box.to_bed))
+        if box.course.phase is not Phase.UNMANNED or box.calls or under_way or box.starting.locked():
             return False
         if box.idle:
             box.idle.cancel()

@@ -284,8 +284,8 @@ class Operations:
         return held
 
     async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[dict[str, Any]]:
-        names = sorted(self._threads.threads) if call.thread is None else [call.thread]
-        threads = [self._threads.get(name) for name in names]
+        every = [thread for _, thread in sorted(self._threads.threads.items())]
+        threads = every if call.thread is None else [self._threads.get(call.thread)]
         rows = {
             entry.key: msgspec.structs.asdict(entry.row(thread.worker_pid))
             for thread in threads

@@ -61,9 +61,11 @@ SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) AND number > ? ORD
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
 _BY_RULE = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND rule = ?"
-_SINCE = "SELECT number FROM wakes WHERE thread = ? AND at > ? LIMIT 1"
-# But for the last one, whose number must not come again.
-FORGET = "DELETE FROM wakes WHERE thread = ? AND number < (SELECT max(number) FROM wakes)"
+# The last one stays, whoever has expired: its number must not come again.
+_KEPT = """
+SELECT number FROM wakes WHERE thread = ? AND (at > ? OR number = (SELECT max(number) FROM wakes)) LIMIT 1
+"""
+FORGET = "DELETE FROM wakes WHERE thread = ?"
 # The second clause only where the file could not be read when we looked.
 _PUT = f"""
 INSERT INTO wakes ({_COLUMNS}) VALUES (?, ?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, ?, CAST(? AS TEXT))
@@ -202,7 +204,7 @@ class Outbox(Ledger[str | int]):
         """Tell whether a thread has no program, and all its wakes are over and have expired."""
         if thread_id in self.programs or thread_id in self._threads:
             return False
-        return not self._read(_SINCE, (thread_id, time.time() - self._keep_seconds))
+        return not self._read(_KEPT, (thread_id, time.time() - self._keep_seconds))
 
     def changed(self, wake: Letter, tell: Tell | None = None) -> None:
         """Write a wake as it is now."""

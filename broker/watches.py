@@ -179,6 +179,8 @@ class Watches:
         for armed in same:
             if armed.open or armed.generation == generation:
                 return armed
+        if heard is None and self.fired(key, rule, generation):
+            return Armed(rule, _NUMBERS.start, 0, generation, came=True)  # set before, and others since: `retire`
         if len(watch.open) >= rules.RULES_MAX:
             raise LimitReached(f"process {key[1]}: {rules.RULES_MAX} wake rules are open, and more may not be")
         number = _NUMBERS.start if heard is None else secrets.randbelow(len(_NUMBERS)) + _NUMBERS.stop
@@ -188,8 +190,6 @@ class Watches:
         if isinstance(rule, Output):
             armed.since = max(since, *(former.until for former in same), 0)
             armed.slot = self._free_slot(key, watch)
-        if heard is None:  # whoever sets a rule each time it came true does so for weeks
-            watch.armed = [one for one in watch.armed if not (one.came and one in same)]
         watch.armed.append(armed)
         self._schedule(key, watch, armed)
         self._reset()
@@ -204,6 +204,15 @@ class Watches:
         if not free:
             raise LimitReached(f"process {key[1]}: {MATCHES} wake rules are about its output, and more may not be")
         return min(free, key=lambda slot: last.get(slot, -1))
+
+    def retire(self, key: Key) -> None:
+        """Let go of what came true and has been set again since, which says from where it is looked for.
+
+        Whoever sets a rule each time it came true does so for weeks.
+        """
+        if watch := self._watches.get(key):
+            latest = {armed.rule: armed for armed in watch.armed if armed.heard is None}
+            watch.armed = [one for one in watch.armed if one.heard or not one.came or latest[one.rule] is one]
 
     def remove(self, key: Key, armed: Armed) -> None:
         """Whoever listened to this rule has gone."""

@@ -70,6 +70,7 @@ class Watching:
                 if one.set_at == now:
                     watches.remove(entry.key, one)
             raise
+        watches.retire(entry.key)
         lines = [
             Line(one.number, generation, str(one.rule), one.slot, one.since, one.set_at)
             for one in armed

@@ -109,10 +109,11 @@ class Link:
     def reply(self, reply: Reply, connection: int) -> None:
         """Send a reply, if the broker that asked, on that `connection`, is still there to hear it.
 
-        It goes before what was said in this turn, and at once: somebody waits for it, and for nothing else.
+        A result goes before what was said in this turn, and at once: somebody waits for it, and for nothing else.
+        An error may be about what was said.
         """
         if connection == self.connection:
-            self._outgoing.insert(0, wire.encode(reply))
+            self._outgoing.insert(len(self._outgoing) if reply.error else 0, wire.encode(reply))
             self._flush()
 
     def hears(self, connection: int) -> bool:

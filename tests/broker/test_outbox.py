@@ -113,16 +113,16 @@ async def test_a_thread_is_empty_once_its_wakes_are_over_and_have_expired_and_th
     brokers: Brokers,
 ) -> None:
     journal = brokers.start()
-    for wake in await written(journal, key(), key("1001")):
+    for wake in await written(journal, key(), key("1001"), ("u", "1000", 0, "exit")):
         become(journal, wake, *DONE)
     journal.flush()
     assert not journal.outbox.is_empty("t")
     brokers.sql("UPDATE wakes SET at = at - 7200")
     assert journal.outbox.is_empty("t")
-    assert [*journal.empty(["t"])] == ["t"]
+    assert [*journal.empty(["t", "u"])] == ["t"]
     journal.thread("t")
     assert journal.forget(["t"])
-    assert brokers.sql("SELECT number FROM wakes") == [(2,)]
+    assert brokers.sql("SELECT number, thread FROM wakes") == [(3, "u")]
 
 
 async def test_another_rule_process_or_setting_is_another_wake(brokers: Brokers) -> None:

@@ -259,8 +259,12 @@ def test_a_rule_that_is_set_again_each_time_it_came_true_takes_the_place_of_the_
     numbers = []
     for generation in range(100):
         armed = add(scene, transcript, Output("x"), generation)
+        scene.watches.retire(KEY)
         numbers.append(armed.number)
         find(scene, transcript, armed, generation, generation + 1)
+        scene.fired.add((KEY, Output("x"), generation))
+    for generation in range(100):  # asked again
+        assert not add(scene, transcript, Output("x"), generation).open
     assert scene.watches._watches[KEY].armed == [armed]
     assert [match.offset for *_, match in scene.told] == list(range(100))
     assert len(set(numbers)) == 100  # what the header says of a former one is not taken for the next
