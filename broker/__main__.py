@@ -88,7 +88,7 @@ def _say(line: str) -> None:
     if len(sys.argv) > 1:
         fd = int(sys.argv.pop())
         with suppress(OSError):  # whoever started us may not wait any more
-            os.write(fd, line.encode())
+            os.write(fd, line.encode("utf-8", "backslashreplace"))
         os.close(fd)
 
 

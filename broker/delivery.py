@@ -147,11 +147,11 @@ class Delivery:
     def _lost(self, row: dict[str, Any]) -> None:
         """A process was lost, so that its rules cannot come true any more: its end is told while one is open."""
         key = row["thread"], row["process_id"]
-        rules, end = row.get("wake_on", ()), str(Exit())
-        if not self._outbox.knows_rule(*key, end) and not all(
-            self._outbox.knows_rule(*key, rule) for rule in rules
-        ):
-            self._post((*key, 0, end), {"outcome": row["outcome"]})
+        end = str(Exit())
+        still_open = [(rule, at) for rule, at in row["wake_on"] if not self._outbox.knows((*key, at, rule))]
+        generations = [at for rule, at in still_open if rule == end] or [at for _, at in still_open]
+        if generations:
+            self._post((*key, max(generations), end), {"outcome": row["outcome"]})
 
     def _post(self, key: tuple[str, str, int, str], detail: dict[str, Any]) -> Letter | None:
         letter = self._outbox.new(key, detail, self._written)

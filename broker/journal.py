@@ -149,7 +149,10 @@ class Journal:
         self.thread(thread_id).lose(process_id, reason)
 
     def listen(self, on_lost: Callable[[dict[str, Any]], None]) -> None:
-        """Have `on_lost` called with the line of `ps` of each process that was lost by now, or will be."""
+        """Have `on_lost` called with the line of `ps` of each process that was lost by now, or will be.
+
+        `wake_on` in it are its rules, also those that were added, each with the generation of its setting.
+        """
         losses, self._losses = self._losses, []
         self._on_lost = on_lost
         for row in losses:
@@ -159,8 +162,8 @@ class Journal:
 
     def lost(self, row: dict[str, Any]) -> None:
         """Nothing is left of the process with this line of `ps`, which says why; its rules are told with it."""
-        added = [line.rule for line in self.rulebook.of((row["thread"], row["process_id"]))]
-        self._on_lost({**row, "wake_on": [*row.get("wake_on", ()), *added]})
+        added = [(line.rule, line.generation) for line in self.rulebook.of((row["thread"], row["process_id"]))]
+        self._on_lost({**row, "wake_on": [*((rule, 0) for rule in row.get("wake_on", ())), *added]})
 
     def reached(self, thread_id: str, epoch: int) -> None:
         """A thread has come to this epoch."""

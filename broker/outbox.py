@@ -60,7 +60,6 @@ SELECT {_COLUMNS} FROM wakes WHERE thread = ifnull(?, thread) AND number > ? ORD
 """
 _ONE = f"SELECT {_COLUMNS} FROM wakes WHERE number = ?"
 _BY_KEY = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND generation = ? AND rule = ?"
-_BY_RULE = "SELECT number FROM wakes WHERE thread = ? AND process = ? AND rule = ?"
 # The last one stays, whoever has expired: its number must not come again.
 _KEPT = """
 SELECT number FROM wakes WHERE thread = ? AND (at > ? OR number = (SELECT max(number) FROM wakes)) LIMIT 1
@@ -189,12 +188,6 @@ class Outbox(Ledger[str | int]):
     def knows(self, key: tuple[str, str, int, str]) -> bool:
         """Tell whether this came true before."""
         return key in self._keys or bool(self._read(_BY_KEY, key))
-
-    def knows_rule(self, thread_id: str, process_id: str, rule: str) -> bool:
-        """Tell whether this rule of a process came true before, whichever setting of it."""
-        key = thread_id, process_id, rule
-        new = any((wake.thread_id, wake.process_id, wake.rule) == key for wake in self.wakes.values())
-        return new or bool(self._read(_BY_RULE, key))
 
     def of(self, thread_id: str) -> list[Letter]:
         """Return a thread's wakes that are not over, in their order."""

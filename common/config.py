@@ -53,7 +53,7 @@ def load(path: Path) -> Config:
 
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise BadRequest(f"configuration {path}: {error}") from None
     try:
         return msgspec.convert(table, Config, strict=True)
@@ -65,6 +65,6 @@ def _complaint(error: str, table: dict[str, Any]) -> str:
     """Return what msgspec says about a field with its value, or which fields there are."""
     wanted, _, place = error.partition(" - at `$.")
     name = place.rstrip("`")
-    if name in table:
+    if place and name in table:
         return f"{name} is {shown(table[name])}; {wanted[:1].lower()}{wanted[1:]}"
     return f"{error}; there are {', '.join(Config.__struct_fields__)}"

@@ -101,7 +101,9 @@ class Paths:
         for folder in (self.run, self.state):
             if not is_utf8(folder):  # ZeroMQ and SQLite know no other names
                 name = os.fsencode(folder)
-                raise BadRequest(f"folder {name!r}: its name is not UTF-8; set OUTLIVE_HOME to one whose name is")
+                raise BadRequest(
+                    f"folder {name!r}: its name is not UTF-8, or the locale is not; set OUTLIVE_HOME to another one"
+                )
         for folder in (self.run, self.workers):
             private_folder(folder)
         with suppress(OSError):

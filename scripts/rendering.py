@@ -95,12 +95,12 @@ def table(
         return
     import shutil
 
-    width = shutil.get_terminal_size().columns
+    width = shutil.get_terminal_size().columns  # also by COLUMNS, unless that is no number of any
     for name in spare:
         if _width_before_last(filled) + min(_LAST_WIDTH, *_widths(filled[-1:])) <= width:
             break
         filled = [column for column in filled if column[0] != name]
-    _draw(_lines(filled, numbers))
+    _draw(_lines(filled, numbers), width)
 
 
 def _widths(filled: Sequence[Sequence[str]]) -> list[int]:
@@ -119,12 +119,12 @@ def _lines(filled: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]
     return [_BETWEEN.join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
-def _draw(lines: Sequence[str]) -> None:
+def _draw(lines: Sequence[str], width: int) -> None:
     """For a terminal: the headings stand out, and no line is longer than the terminal is wide."""
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, width=width, height=len(lines))
     for number, line in enumerate(lines):
         text = Text(line, style="" if number else "bold", no_wrap=True, overflow="ellipsis")
         console.print(text, no_wrap=True, overflow="ellipsis")

@@ -65,7 +65,13 @@ def check_folder(check: str, facts: Facts) -> Finding:
     """Say whether a folder will do; the worst that is wrong with it is what is told."""
     path, shown = facts.path, f"{facts.path} (mode {facts.mode:04o})"
     if not is_utf8(path):
-        return Finding(check, "error", repr(os.fsencode(path)), "its name is not UTF-8", "set OUTLIVE_HOME")
+        return Finding(
+            check,
+            "error",
+            repr(os.fsencode(path)),
+            "its name is not UTF-8, or the locale is not",
+            "set OUTLIVE_HOME",
+        )
     if facts.trouble:
         return Finding(check, "error", str(path), f"cannot be looked at: {facts.trouble}", _ADVICE)
     if facts.links:

@@ -119,7 +119,7 @@ async def test_the_rules_of_a_process_that_a_reboot_took_are_told_with_it(broker
     brokers.boot = "the next boot"
     journal, lost = brokers.start(), list[dict[str, Any]]()
     journal.listen(lost.append)
-    assert [row["wake_on"] for row in lost] == [["silence=5", "output=schön", "exit"]]
+    assert [row["wake_on"] for row in lost] == [[("silence=5", 0), ("output=schön", 77), ("exit", 77)]]
     journal.flush()
     assert brokers.rows() == []
 

@@ -19,8 +19,10 @@ import pytest
 
 from outlive.broker import holding, lifecycle, processes
 from outlive.broker.custody import Holder, State
+from outlive.broker.delivery import Delivery
 from outlive.broker.entries import Entry, Thread
 from outlive.broker.lifecycle import Phase
+from outlive.broker.operations import Operations
 from outlive.broker.peers import Peer
 from outlive.broker.records import Record
 from outlive.broker.threads import ThreadManager
@@ -29,7 +31,7 @@ from outlive.common.channel import open_parcel
 from outlive.common.config import Config
 from outlive.common.descriptors import Handles
 from outlive.common.errors import BadRequest, LimitReached, PeerError, Unavailable, UnknownThread
-from outlive.common.messages import Collected, Ended, Orphaned, Request
+from outlive.common.messages import Collected, Ended, ListProcesses, Orphaned, Request
 from outlive.common.outcome import Outcome
 from outlive.common.paths import Paths
 from outlive.common.program import Program
@@ -856,3 +858,34 @@ async def test_no_thread_is_forgotten_while_that_cannot_be_written(
     with pytest.raises(LimitReached):
         full.manager.create("new")
     assert len(full.manager.threads) == len(full.manager.journal.thread_ids) == 10
+
+
+async def test_what_is_over_of_a_thread_does_not_keep_it(full: Stage) -> None:
+    delivery = Delivery(full.world, full.manager, Config(idle_sleep_s=0.001))
+    box = delivery._box("old-3")
+    with delivery.busy(full.manager.threads["old-3"]):
+        pass
+    while box.to_bed is None or not box.to_bed.done():
+        await asyncio.sleep(0.001)
+    full.manager.threads["old-3"].asked_for -= 3 * holding.FORGET_AFTER
+    full.manager.create("new")
+    assert "old-3" not in full.manager.threads
+    assert delivery._box("old-4") is not box
+
+
+async def test_a_list_of_all_processes_asks_for_no_thread(full: Stage) -> None:
+    operations = Operations(
+        full.world, full.manager, Delivery(full.world, full.manager, Config()), "spliced", lambda: None
+    )
+    await operations.carry_out(ListProcesses(), None)
+    full.manager.create("new")
+
+
+async def test_a_process_that_is_lost_while_a_rule_that_was_set_again_is_open_wakes(stage: Stage) -> None:
+    delivery, outbox = Delivery(stage.world, stage.manager, Config()), stage.manager.journal.outbox
+    outbox.new(("t", "1000", 1, "output=x"), {}, lambda letter: None)
+    row = {"thread": "t", "process_id": "1000", "outcome": {"kind": "lost", "reason": "rebooted"}}
+    delivery._lost({**row, "wake_on": [("output=x", 1)]})
+    assert not outbox.knows(("t", "1000", 1, "exit"))
+    delivery._lost({**row, "wake_on": [("output=x", 1), ("output=x", 2)]})
+    assert outbox.knows(("t", "1000", 2, "exit"))

@@ -35,6 +35,8 @@ def test_what_the_file_says_is_taken(tmp_path: Path) -> None:
         ("max_proceses = 3", "unknown field `max_proceses`; there are max_processes, warn_at"),
         ("max_processes = ", "Invalid value"),
         ("x = " + "[" * 5000, "recursion|nest"),
+        ("max_processes = " + "9" * 5000, "4300 digits"),
+        ('"" = 1', "unknown field ``; there are max_processes"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name_and_field(tmp_path: Path, text: str, complaint: str) -> None:

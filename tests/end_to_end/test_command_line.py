@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sysconfig
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -381,13 +382,15 @@ def test_tables_in_a_pipe_are_plain_and_whole(cli_home: Home) -> None:
 
 def test_a_table_on_a_terminal_fits_into_it_and_what_is_last_finds_room(cli_home: Home) -> None:
     cli_home.exec("sh", "-c", "sleep 100", "x" * 300)
-    for width, head in (
-        (130, "THREAD ID STATE PID TTY STARTED BYTES OUTCOME COMMAND"),
-        (90, "THREAD ID STATE PID BYTES OUTCOME COMMAND"),
-        (40, "THREAD ID STATE COMMAND"),
+    for columns, width, term, head in (
+        ("130", 130, "xterm", "THREAD ID STATE PID TTY STARTED BYTES OUTCOME COMMAND"),
+        ("90", 90, "dumb", "THREAD ID STATE PID BYTES OUTCOME COMMAND"),
+        ("40", 40, "dumb", "THREAD ID STATE COMMAND"),
+        ("0", 70, "xterm", "THREAD ID STATE COMMAND"),  # then the terminal itself is asked
     ):
         ours, theirs = pty.openpty()
-        environment = {**cli_home.environment, "COLUMNS": str(width), "TERM": "xterm"}
+        termios.tcsetwinsize(theirs, (24, 70))
+        environment = {**cli_home.environment, "COLUMNS": columns, "TERM": term}
         done = cli_home.run("ps", stdout=theirs, env=environment)
         os.close(theirs)
         shown = os.read(ours, 100_000).decode()

@@ -74,6 +74,34 @@ async def kill(home: Home, role: str) -> None:
         assert ended_within(pid, 30)
 
 
+async def test_a_watch_that_is_asked_again_under_an_older_id_takes_no_place_of_the_next(sayer: Sayer) -> None:
+    await sayer.start()
+    for number in (1, 2):
+        await sayer.thread.watch(sayer.process_id, {"output": "error [0-9]"}, watch_id=f"w{number}")
+        await sayer.say(f"error {number}, ")
+        await sayer.woken(number)
+    rows = [
+        await sayer.thread.watch(sayer.process_id, {"output": "error [0-9]"}, watch_id=watch_id)
+        for watch_id in ("w1", "w3", "w2")
+    ]
+    assert [row.open for (row,) in rows] == [False, True, True]  # a rule that is open is that one
+    await sayer.say("error 3, ")
+    assert [text for _, text in await sayer.woken(3)] == ["error 1", "error 2", "error 3"]
+
+
+async def test_a_setting_that_is_refused_leaves_what_matched_before_known(sayer: Sayer) -> None:
+    await sayer.start()
+    await sayer.thread.watch(sayer.process_id, {"output": "ready [0-9]"})
+    await sayer.say("ready 1\n")
+    await sayer.woken(1)
+    await sayer.thread.watch(sayer.process_id, *({"output": f"never {number}"} for number in range(7)))
+    with pytest.raises(outlive.LimitReached):
+        await sayer.thread.watch(sayer.process_id, {"output": "ready [0-9]"}, {"output": "other"})
+    await sayer.thread.watch(sayer.process_id, {"output": "ready [0-9]"})
+    await sayer.say("ready 2\n")
+    assert [text for _, text in await sayer.woken(2)] == ["ready 1", "ready 2"]
+
+
 @pytest.mark.parametrize("asleep", [False, True], ids=["awake", "asleep"])
 async def test_a_match_across_pieces_wakes_once_with_offset_and_text(sayer: Sayer, asleep: bool) -> None:
     await sayer.start({"output": "^all [a-z]+ passed"})
