@@ -176,11 +176,12 @@ class Watches:
         """
         watch = self._watches.setdefault(key, _Watch(transcript))
         same = [armed for armed in watch.armed if armed.rule == rule and armed.heard is None and heard is None]
-        for armed in same:
-            if armed.open or armed.generation == generation:
-                return armed
+        if (mine := next((armed for armed in same if armed.generation == generation), None)) is not None:
+            return mine
         if heard is None and self.fired(key, rule, generation):
             return Armed(rule, _NUMBERS.start, 0, generation, came=True)  # set before, and others since: `retire`
+        if (open_ := next((armed for armed in same if armed.open), None)) is not None:
+            return open_
         if len(watch.open) >= rules.RULES_MAX:
             raise LimitReached(f"process {key[1]}: {rules.RULES_MAX} wake rules are open, and more may not be")
         number = _NUMBERS.start if heard is None else secrets.randbelow(len(_NUMBERS)) + _NUMBERS.stop

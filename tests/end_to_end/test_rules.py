@@ -84,7 +84,7 @@ async def test_a_watch_that_is_asked_again_under_an_older_id_takes_no_place_of_t
         await sayer.thread.watch(sayer.process_id, {"output": "error [0-9]"}, watch_id=watch_id)
         for watch_id in ("w1", "w3", "w2")
     ]
-    assert [row.open for (row,) in rows] == [False, True, True]  # a rule that is open is that one
+    assert [row.open for (row,) in rows] == [False, True, False]
     await sayer.say("error 3, ")
     assert [text for _, text in await sayer.woken(3)] == ["error 1", "error 2", "error 3"]
 
