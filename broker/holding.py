@@ -50,6 +50,8 @@ from .world import World
 THREADS_MAX = 10_000
 FORGET_AFTER = 3600.0
 FORGET_AT_ONCE = 100
+# Seconds until that is tried again when there was none: to look at all of them takes 0.06 s.
+FORGET_PAUSE = 1.0
 
 
 class Holding(ABC):
@@ -66,6 +68,7 @@ class Holding(ABC):
         self.threads: dict[str, Thread] = {}
         # How many descriptors of processes are held.
         self.descriptors = 0
+        self._forget_again_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm = Alarm(lambda: self.watches.alarm())
         # What `delivery` hears: a rule came true; the agent was told of an end.
@@ -108,7 +111,10 @@ class Holding(ABC):
 
     def _forget_some(self) -> bool:
         """Forget threads of which nothing is left, and that were longest not asked for; tell whether any was."""
-        before = time.monotonic() - FORGET_AFTER
+        now = time.monotonic()
+        if now < self._forget_again_at:
+            return False
+        before = now - FORGET_AFTER
         quiet = [thread for thread in self.threads.values() if thread.asked_for < before and thread.is_quiet]
         quiet.sort(key=lambda thread: thread.asked_for)
         over = (
@@ -119,6 +125,7 @@ class Holding(ABC):
         )
         gone = [*islice(over, FORGET_AT_ONCE)]
         if not gone or not self.journal.forget(gone):
+            self._forget_again_at = now + FORGET_PAUSE
             return False
         for thread_id in gone:
             del self.threads[thread_id]
