@@ -299,6 +299,7 @@ async def test_long_wakes_are_listed_fewer_at_a_time(tmp_path: Path, monkeypatch
     rest = broker.delivery.rows("t", everything=True, after=first[-1].number, at_most=500)
     assert ([row.offset for row in first], [row.offset for row in rest]) == ([0, 1], [2])
     assert len(broker.delivery.rows("t", everything=True)) == 3
+    await broker.die()
 
 
 async def test_wakes_of_a_thread_without_a_program_are_kept_for_one(tmp_path: Path) -> None:
