@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+import psutil
+
 import outlive
 from outlive.common.errors import PeerError
 from outlive.common.held import REPEATED_WITHIN
@@ -71,13 +73,13 @@ class Accounts:
             await self._run_nothing(thread)
             row = await self.scene.until_done(thread.resume)
             assert row.worker_pid is not None
-            found[f"worker of {thread.thread_id}"] = _open_in(row.worker_pid)
+            found[f"worker of {thread.thread_id}"] = await _open_in(row.worker_pid)
             spawners = self.victims.spawners(row.worker_pid)
-            found[f"spawner of {thread.thread_id}"] = sum((_open_in(one.pid) for one in spawners), Counter())
+            found[f"spawner of {thread.thread_id}"] = await _open_in(*(one.pid for one in spawners))
         for thread in self.threads:
             await self.scene.until_done(thread.detach)
-        found["broker"] = sum((_open_in(one.pid) for one in self.victims.brokers()), Counter())
-        found["keeper"] = sum((_open_in(one.pid) for one in self.victims.keepers()), Counter())
+        found["broker"] = await _open_in(*(one.pid for one in self.victims.brokers()))
+        found["keeper"] = await _open_in(*(one.pid for one in self.victims.keepers()))
         return found
 
     async def _run_nothing(self, thread: outlive.Thread) -> None:
@@ -87,13 +89,19 @@ class Accounts:
             reply = await self.scene.until_done(thread.write_stdin, reply.process_id)
 
 
-def _open_in(pid: int) -> Counter[str]:
-    """Return what a process has open, by kind."""
+async def _open_in(*pids: int) -> Counter[str]:
+    """Return what processes have open, by kind, once each of them sleeps.
+
+    One that waits for the processor may have told somebody that it is done, and not have closed yet what that took.
+    """
     kinds: Counter[str] = Counter()
-    with suppress(OSError):  # it has gone
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}"))] += 1
+    for pid in pids:
+        with suppress(OSError, psutil.NoSuchProcess):  # it has gone
+            while psutil.Process(pid).status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP):
+                await asyncio.sleep(0.005)
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    kinds[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}"))] += 1
     return kinds
 
 
