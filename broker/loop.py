@@ -59,6 +59,8 @@ _TASKS_WITHIN = 2.0
 KEEPERS_OWN = 24
 # Peers at once: each takes a descriptor or two.
 PEERS_MAX = 1000
+# What workers say that is taken in after the answers that came with it have been passed on.
+_AFTER_ANSWERS = messages.Ended, messages.Collected
 
 
 class Broker:
@@ -597,8 +599,7 @@ class Broker:
             self._answer(
                 peer.route, wire.success(request.id, self.threads.registered(peer, body.processes, body.starting))
             )
-        elif isinstance(body, messages.Ended | messages.Collected):
-            # After the reply that went before it has been passed on: these take their time.
+        elif isinstance(body, _AFTER_ANSWERS):
             self._loop.call_soon(self.threads.noticed, peer, body)
         else:
             self.threads.noticed(peer, body)

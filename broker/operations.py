@@ -284,8 +284,10 @@ class Operations:
         return held
 
     async def list_processes(self, call: messages.ListProcesses, deadline: float | None) -> list[dict[str, Any]]:
-        every = [thread for _, thread in sorted(self._threads.threads.items())]
-        threads = every if call.thread is None else [self._threads.get(call.thread)]
+        if call.thread is not None:
+            threads = [self._threads.get(call.thread)]
+        else:  # which asks for none of them
+            threads = [thread for _, thread in sorted(self._threads.threads.items())]
         rows = {
             entry.key: msgspec.structs.asdict(entry.row(thread.worker_pid))
             for thread in threads
